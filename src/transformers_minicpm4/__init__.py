@@ -1,0 +1,37 @@
+"""
+MiniCPM4 for the Hugging Face ecosystem.
+
+Importing this package registers the model, its tokenizer and `attn_implementation="infllm_v2"` with Transformers, so
+that the Auto classes load MiniCPM4 checkpoints without `trust_remote_code`.
+"""
+
+from __future__ import annotations
+
+from .infllm_v2 import InfLLMv2Config, infllm_v2_attention
+from .model.configuration_minicpm4 import MiniCPM4Config
+from .model.conversion import extend_context, llama_to_minicpm4, minicpm4_to_llama
+from .model.modeling_minicpm4 import (
+    MiniCPM4ForCausalLM,
+    MiniCPM4ForSequenceClassification,
+    MiniCPM4Model,
+    MiniCPM4PreTrainedModel,
+)
+from .registration import register
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "InfLLMv2Config",
+    "MiniCPM4Config",
+    "MiniCPM4ForCausalLM",
+    "MiniCPM4ForSequenceClassification",
+    "MiniCPM4Model",
+    "MiniCPM4PreTrainedModel",
+    "extend_context",
+    "infllm_v2_attention",
+    "llama_to_minicpm4",
+    "minicpm4_to_llama",
+]
+
+register()
