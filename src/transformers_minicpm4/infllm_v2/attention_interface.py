@@ -58,7 +58,7 @@ def packed_segments(
     if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] < 2:
         return None
     breaks = position_ids[:, 1:] - position_ids[:, :-1] != 1
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape[1] >= position_ids.shape[1]:
         tokens = attention_mask[:, -position_ids.shape[1] :].bool()
         breaks = breaks & tokens[:, 1:] & tokens[:, :-1]  # jumps in or next to padding separate nothing
     if not bool(breaks.any()):

@@ -166,7 +166,9 @@ def _implementation(name: str):
 
 def _check(query, key, value, config, selection_query, selection_key, compressed_keys) -> None:
     if not isinstance(config, InfLLMv2Config):
-        raise TypeError(f"config must be an InfLLMv2Config, got {type(config).__name__}; use InfLLMv2Config.from_dict.")
+        raise TypeError(
+            f"config must be an InfLLMv2Config, got {type(config).__name__}; use InfLLMv2Config.from_dict."
+        )
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.ndim != 4:
             raise ValueError(f"{name} must be [batch, heads, tokens, head size], got shape {tuple(tensor.shape)}.")
@@ -179,7 +181,9 @@ def _check(query, key, value, config, selection_query, selection_key, compressed
     if heads % groups:
         raise ValueError(f"{heads} query heads do not divide among {groups} key/value heads.")
     if not 0 < length <= total:
-        raise ValueError(f"{length} queries for {total} keys: the queries are the last of the positions, at least one.")
+        raise ValueError(
+            f"{length} queries for {total} keys: the queries are the last of the positions, at least one."
+        )
     if not config.use_nope:
         return
     if selection_query is None or (selection_key is None and compressed_keys is None):

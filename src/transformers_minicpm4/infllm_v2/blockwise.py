@@ -245,9 +245,7 @@ class _GroupedAttention(torch.autograd.Function):
         for start in range(0, length, CHUNK):
             stop = min(start + CHUNK, length)
             upto = first + stop
-            chosen = _select(
-                selection_query[:, :, start:stop], fine, coarse, first + start, upto, config, scaling
-            )
+            chosen = _select(selection_query[:, :, start:stop], fine, coarse, first + start, upto, config, scaling)
             for b in range(batch):
                 for g in range(groups):
                     own = slice(g * heads // groups, (g + 1) * heads // groups)

@@ -97,11 +97,11 @@ class InfLLMv2Config:
                 "initial blocks and the query's own block count among the top-k. Raise topk or lower init_blocks."
             )
         if self.dense_len < -1:
-            raise ValueError(f"sparse_config: dense_len must be -1 (always sparse) or 0 or more, got {self.dense_len}.")
-        if self.dense_switch not in ("position", "call"):
             raise ValueError(
-                f"sparse_config: dense_switch must be 'position' or 'call', got {self.dense_switch!r}."
+                f"sparse_config: dense_len must be -1 (always sparse) or 0 or more, got {self.dense_len}."
             )
+        if self.dense_switch not in ("position", "call"):
+            raise ValueError(f"sparse_config: dense_switch must be 'position' or 'call', got {self.dense_switch!r}.")
 
     @property
     def window_blocks(self) -> int:

@@ -177,7 +177,11 @@ def minicpm4_to_llama(model: MiniCPM4ForCausalLM) -> LlamaForCausalLM:
     llama = LlamaConfig(**fields, rope_parameters=parameters, architectures=["LlamaForCausalLM"])
 
     def scaled(tensor, factor):
-        return tensor if factor == 1 else (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * factor).to(tensor.dtype)
+        return (
+            tensor
+            if factor == 1
+            else (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * factor).to(tensor.dtype)
+        )
 
     tied = config.tie_word_embeddings
     state = dict(model.state_dict())

@@ -1,0 +1,1 @@
+"""The `minicpm4` command: one small module for each subcommand, heavy imports inside it."""

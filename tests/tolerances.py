@@ -1,0 +1,46 @@
+"""
+Every tolerance of the suite, with the error measured when it was set (2026-11-24, x86-64, torch 2.13). None may exceed
+four times the larger of the measured error and one rounding of the dtype at the size of the values compared.
+"""
+
+# name: (tolerance, measured)
+TOLERANCES = {
+    # absolute, float64
+    "attention_float64": (1e-13, 8.9e-15),  # outputs of order 1
+    "attention_large_logits": (4e-13, 1.0e-13),  # float64, logits up to 1e3
+    "gradient_float64": (2e-12, 4.9e-13),  # sums of up to 301 * 16 such terms
+    "logits_float64": (1e-11, 2.6e-12),  # logits of order 10 after several layers
+    "logits_norm_float32": (
+        4e-4,
+        1e-4,
+    ),  # float64, but the norms are float32 as released: two ways to write the same mean
+    "logits_rope_tables_float32": (1e-5, 1e-6),  # float64 model, rotation tables rounded at different places
+    "loss_float32": (1e-6, 1e-7),
+    "rope_float32": (2e-5, 5.6e-6),  # angles up to 40,000 rad in float32, against float64
+    # relative root mean square
+    "attention_float32": (1e-6, 2.7e-7),
+    "attention_bfloat16": (8e-3, 2.4e-3),
+    "fold_float32": (2e-6, 5.6e-7),
+}
+
+
+# Largest error seen in this run by name: `pytest -v` prints it, which is where the table's second figures come from.
+MEASURED: dict[str, float] = {}
+
+
+def within(error: float, name: str) -> bool:
+    MEASURED[name] = max(error, MEASURED.get(name, 0.0))
+    return error <= TOLERANCES[name][0]
+
+
+def relative_rms(got, want) -> float:
+    """Root mean square of the difference over that of `want`, in float64."""
+    got, want = got.double(), want.double()
+    return ((got - want).pow(2).mean().sqrt() / want.pow(2).mean().sqrt()).item()
+
+
+def assert_close(got, want, name: str, what: str) -> None:
+    """Largest absolute error within the named tolerance; `what` names the tensor in the message."""
+    error = (got - want).abs().max().item() if want.numel() else 0.0
+    assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    assert within(error, name), f"{what}: off by {error:.2e}, tolerance {name} is {TOLERANCES[name][0]:.0e}"
