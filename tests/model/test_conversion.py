@@ -137,6 +137,7 @@ def test_checkpoint_loads_and_saves_through_the_auto_classes(tmp_path, released,
     ids = torch.randint(3, 100, (1, 20))
     logits = model.eval()(ids).logits
     assert torch.equal(logits, source.eval()(ids).logits)
+    assert torch.equal(MiniCPM4ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()(ids).logits, logits)
     model.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
     assert json.loads((tmp_path / "again" / "config.json").read_text())["model_type"] == "minicpm4"

@@ -65,6 +65,16 @@ class MiniCPM4Config(LlamaConfig):
             value = value.to_dict()  # config.json holds plain values
         super().__setattr__(name, value)
 
+    @classmethod
+    def get_config_dict(cls, *args, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Released files (`model_type` "minicpm") also load through this class by name."""
+        config_dict, unused = super().get_config_dict(*args, **kwargs)
+        if config_dict.get("model_type") == "minicpm":
+            from .conversion import modernize_config  # conversion knows this class, not the other way round
+
+            config_dict = modernize_config(config_dict)
+        return config_dict, unused
+
     def validate_minicpm4(self):
         """Part of the `@strict` validation: what the forward pass divides by and splits."""
         for name in ("scale_emb", "scale_depth", "dim_model_base"):
