@@ -131,7 +131,11 @@ print(peak - output)
 def peak_memory(total: int) -> dict:
     """Peak resident memory of a whole prefill beyond inputs and output, in a process of its own, in GiB."""
     result = subprocess.run([sys.executable, "-c", PEAK, str(total)], capture_output=True, text=True, check=True)
-    return {"what": "prefill, peak memory beyond inputs and output, GiB", "keys": total, "ratio": round(float(result.stdout), 3)}
+    return {
+        "what": "prefill, peak memory beyond inputs and output, GiB",
+        "keys": total,
+        "ratio": round(float(result.stdout), 3),
+    }
 
 
 def main() -> None:
@@ -154,7 +158,7 @@ def main() -> None:
             else:
                 for total in (32_768, 65_536):
                     for correlated in (False, True):
-                        rows.append(prefill_slice(total, 2048, 5, correlated))
+                        rows.append(prefill_slice(total, 1024, 3, correlated))
         if args.only in (None, "whole") and not args.quick:
             for total, rounds in ((8_192, 5), (16_384, 5), (32_768, 3)):
                 rows.append(prefill_whole(total, rounds))

@@ -42,8 +42,8 @@ def same_shape(layers: int, rounds: int) -> list[dict]:
     rows = []
     for what, call in {
         "forward, 512 tokens": lambda model: lambda: model(ids, use_cache=False, logits_to_keep=1),
-        "generate, 64 + 48 tokens": lambda model: lambda: model.generate(
-            ids[:, :64], max_new_tokens=48, do_sample=False
+        "generate, 64 + 48 tokens": lambda model: (
+            lambda: model.generate(ids[:, :64], max_new_tokens=48, do_sample=False)
         ),
     }.items():
         arms = {"llama": call(theirs), "minicpm4 sdpa": call(plain), "minicpm4 infllm_v2": call(ours)}

@@ -27,6 +27,8 @@ CHUNK = 2048
 SCORE_CHUNK = 64
 # Up to this many queries, gathering each one's blocks beats grouping the queries by block.
 GATHER_MAX = 8
+# Blocks gathered at once: of one head pair, 0.5 MB in float32 at the released sizes.
+GATHER_BLOCKS = 16
 # Mask rows built at once where many queries attend densely over a longer past.
 DENSE_CHUNK = 512
 
@@ -60,16 +62,31 @@ def attend(
         rest, selection_query = query[:, :, dense:], selection_query[:, :, dense:].detach()
         fine, coarse = (keys.detach() for keys in compressed_keys)
         needs_grad = torch.is_grad_enabled() and (rest.requires_grad or key.requires_grad or value.requires_grad)
-        if rest.shape[2] <= GATHER_MAX and not needs_grad:
-            with torch.no_grad():
-                chosen = _select(selection_query, fine, coarse, first + dense, total, config, scaling)
-                outputs.append(_gather_attention(rest, key, value, chosen, config, scaling))
+        arguments = (fine, coarse, config, scaling)
+        if needs_grad:
+            pieces = [_GroupedAttention.apply(rest, key, value, selection_query, *arguments, return_blocks)]
+        elif rest.shape[2] <= GATHER_MAX:
+            chosen = _select(selection_query, fine, coarse, first + dense, total, config, scaling)
+            pieces = [(_gather_attention(rest, key, value, chosen, config, scaling), chosen)]
         else:
-            output, chosen = _GroupedAttention.apply(
-                rest, key, value, selection_query, fine, coarse, config, scaling, return_blocks
-            )
+            # Up to twice what a query reads, reading everything under a mask is faster than picking.
+            masked = 2 * config.selected_blocks * config.block_size - (first + dense)
+            masked = min(max(masked, 0), rest.shape[2])
+            upto = first + dense + masked
+            pieces = []
+            if masked:
+                pieces.append(
+                    _masked_attention(
+                        rest[:, :, :masked], key[:, :, :upto], value[:, :, :upto], selection_query, *arguments
+                    )
+                )
+            if masked < rest.shape[2]:
+                late = (rest[:, :, masked:], key, value, selection_query[:, :, masked:])
+                pieces.append(_GroupedAttention.apply(*late, *arguments, return_blocks))
+        for output, chosen in pieces:
             outputs.append(output)
-        blocks.append(chosen)
+            if return_blocks:
+                blocks.append(pad(chosen, (0, -(-total // config.block_size) - chosen.shape[-1])))
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     return output, torch.cat(blocks, dim=2) if return_blocks else None
 
@@ -145,7 +162,10 @@ def _block_scores(query, fine, coarse, positions, num_blocks, config):
     def scores(keys, is_coarse):
         # Keys that the last query sees; only those that the first does not see yet need masking.
         first, count = visible_windows(positions[[0, -1]], *config.windows(is_coarse)).tolist()
-        logits = (query.flatten(-3, -2) @ keys[..., :count]).unflatten(-2, query.shape[-3:-1])
+        rows = query.flatten(-3, -2)
+        few = rows.shape[-2] <= rows.shape[-1]  # fewer rows than features: see _gather_attention
+        logits = (keys[..., :count].mT @ rows.mT).mT if few else rows @ keys[..., :count]
+        logits = logits.unflatten(-2, query.shape[-3:-1])
         seen = visible_windows(positions, *config.windows(is_coarse))[:, None]
         hidden = torch.arange(first, count, device=query.device) >= seen
         return logits, hidden, first
@@ -186,15 +206,38 @@ def _top_blocks(scores, positions, config):
     return (above | (tied & (tied.cumsum(-1) <= room))) & ~future
 
 
+def _masked_attention(query, key, value, selection_query, fine, coarse, config, scaling):
+    """The last `S` queries over all keys, the blocks not chosen hidden by a mask, some queries at a time."""
+    batch, heads, length, size = query.shape
+    groups, total = key.shape[1:3]
+    first = total - length
+    chosen = _select(selection_query[:, :, :length], fine, coarse, first, total, config, scaling)
+    grouped = query.reshape(batch * groups, heads // groups, length, size)
+    output = torch.empty_like(grouped)
+    tokens = torch.arange(total, device=query.device)
+    for start in range(0, length, DENSE_CHUNK):
+        stop = min(start + DENSE_CHUNK, length)
+        end = first + stop
+        allowed = chosen[:, :, start:stop].flatten(0, 1)[..., tokens[:end] // config.block_size]
+        allowed &= _causal_mask(first + start, end, 0, end, query.device)
+        keys, values = (
+            tensor[:, :, :end].reshape(batch * groups, 1, end, size).expand(-1, heads // groups, -1, -1)
+            for tensor in (key, value)
+        )
+        output[:, :, start:stop] = scaled_dot_product_attention(
+            grouped[:, :, start:stop], keys, values, attn_mask=allowed[:, None], scale=scaling
+        )
+    return output.view(query.shape), chosen
+
+
 _scratch = threading.local()
 
 
-def _buffer(name: str, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+def _buffer(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """A buffer of `shape` kept between calls: allocating it anew costs more than filling it."""
-    kept, size = getattr(_scratch, name, None), math.prod(shape)
+    kept, size = getattr(_scratch, "buffer", None), math.prod(shape)
     if kept is None or kept.dtype != like.dtype or kept.device != like.device or kept.numel() < size:
-        kept = torch.empty(size, dtype=like.dtype, device=like.device)
-        setattr(_scratch, name, kept)
+        kept = _scratch.buffer = torch.empty(size, dtype=like.dtype, device=like.device)
     return kept[:size].view(shape)
 
 
@@ -203,30 +246,41 @@ def _gather_attention(query, key, value, chosen, config, scaling):
     batch, heads, length, size = query.shape
     groups, total = key.shape[1:3]
     block = config.block_size
-    output = torch.empty_like(query)
-    whole = total // block
+    folded = query.view(batch * groups, heads // groups, length, size) * scaling
+    output = torch.empty_like(folded)
+    dtype = torch.promote_types(query.dtype, torch.float32)
     for s in range(length):
         end = total - length + s + 1
-        # Every pair reads equally many blocks; the last is the query's own, which may not be complete yet.
-        index = chosen[:, :, s].nonzero()[:, 2].view(batch, groups, -1)
-        count = index.shape[-1]
-        tokens = (count - 1) * block + (end - 1) % block + 1
-        full = count if index[0, 0, -1] < whole else count - 1
-        gathered = []
-        for name, tensor in (("key", key), ("value", value)):
-            buffer = _buffer(name, tensor, (batch, groups, count * block, size))
-            for b in range(batch):
-                for g in range(groups):
-                    table = tensor[b, g, : whole * block].reshape(whole, block * size)
-                    into = buffer[b, g, : full * block].view(full, block * size)
-                    torch.index_select(table, 0, index[b, g, :full], out=into)
-                    if full < count:
-                        buffer[b, g, full * block : tokens] = tensor[b, g, whole * block : end]
-            gathered.append(buffer[:, :, :tokens])
-        folded = query[:, :, s].reshape(batch, groups, heads // groups, size)
-        result = scaled_dot_product_attention(folded, *gathered, scale=scaling)
-        output[:, :, s] = result.reshape(batch, heads, size)
-    return output
+        own = (end - 1) // block
+        low = max(own - config.window_blocks, 0)
+        # Every pair reads equally many blocks: the window, which is one stretch of memory and read in place, and the
+        # ones before it, gathered a few at a time into a buffer small enough to stay in the processor's cache.
+        index = chosen[:, :, s, :low].nonzero()[:, 2].view(batch * groups, -1)
+        parts = index.split(GATHER_BLOCKS, dim=1) if index.numel() else ()
+        rows = folded[:, :, s]
+
+        def window(tensor, low=low, end=end):
+            return tensor[:, :, low * block : end].reshape(batch * groups, -1, size)
+
+        # Keys times queries, not queries times keys: the tall matrix first is a quarter faster on CPU.
+        logits = [_gather(key, part, block) @ rows.mT for part in parts]
+        weights = torch.cat([*logits, window(key) @ rows.mT], dim=1).softmax(1, dtype=dtype).to(query.dtype)
+        read = weights[:, index.shape[1] * block :].mT @ window(value)
+        for part, weight in zip(parts, weights.split(GATHER_BLOCKS * block, dim=1)):
+            read.baddbmm_(weight[:, : part.shape[1] * block].mT, _gather(value, part, block))
+        output[:, :, s] = read
+    return output.view(query.shape)
+
+
+def _gather(tensor: torch.Tensor, index: torch.Tensor, block: int) -> torch.Tensor:
+    """Whole blocks of `[B, G, N, D]` by index `[B * G, T]` into the reused buffer: `[B * G, T * block, D]`."""
+    groups, total, size = tensor.shape[1:]
+    whole = total // block
+    buffer = _buffer(tensor, (*index.shape, block * size))
+    for pair in range(index.shape[0]):
+        table = tensor[pair // groups, pair % groups, : whole * block].reshape(whole, block * size)
+        torch.index_select(table, 0, index[pair], out=buffer[pair])
+    return buffer.view(index.shape[0], -1, size)
 
 
 class _GroupedAttention(torch.autograd.Function):
