@@ -49,11 +49,11 @@ from transformers_minicpm4.generation.chat import chat_template
 @dataclass
 class ScriptArguments:
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Hub id or folder. Default: the SmolLM2-135M-Instruct that `make assets` made."}
+        default=None, metadata={"help": "Hub id or folder. Default: SmolLM2-135M-Instruct as `make assets` made it."}
     )
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "Hub id or .jsonl file with a `messages` column. Default: the Python language reference."},
+        metadata={"help": "Hub id or .json(l) file with a `messages` column. Default: the Python language reference."},
     )
     eval_rows: int = field(default=2, metadata={"help": "Conversations kept back to measure the loss on."})
     chat_template: str = field(default="minicpm4", metadata={"help": "minicpm4 or minicpm4.1."})
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> SFTTrainer:
     script, training = TrlParser((ScriptArguments, TrainingArguments)).parse_args_and_config(argv)
     if script.dataset_name is None:
         dataset = reference_conversations()
-    elif Path(script.dataset_name).is_file():
+    elif Path(script.dataset_name).suffix in (".json", ".jsonl"):
         dataset = load_dataset("json", data_files=script.dataset_name, split="train")
     else:
         dataset = load_dataset(script.dataset_name, split="train")
@@ -118,23 +118,22 @@ def main(argv: list[str] | None = None) -> SFTTrainer:
     )
     tokenizer = AutoTokenizer.from_pretrained(name)
     tokenizer.chat_template = chat_template(script.chat_template, training=True)
+    # No target_modules: `import transformers_minicpm4` has told PEFT that they are the seven linears of a layer.
+    lora = LoraConfig(task_type="CAUSAL_LM", r=script.lora_r, lora_alpha=2 * script.lora_r)
     trainer = SFTTrainer(
         model=model,
         args=training,
         train_dataset=dataset["train"],
         eval_dataset=dataset["test"],
         processing_class=tokenizer,
-        # No target_modules: `import transformers_minicpm4` has told PEFT that they are the seven linears of a layer.
-        peft_config=None
-        if script.full
-        else LoraConfig(task_type="CAUSAL_LM", r=script.lora_r, lora_alpha=2 * script.lora_r),
+        peft_config=None if script.full else lora,
     )
     # The data is tokenized; from here on the tokenizer has the form that belongs beside the weights it is saved with.
     tokenizer.chat_template = chat_template(script.chat_template)
 
     longest = max(len(row) for row in trainer.train_dataset["input_ids"])
     most = sparse_config.selected_blocks * sparse_config.block_size
-    print(f"conversations of up to {longest} tokens; where attention is sparse, a token reads {most} of those before it")
+    print(f"conversations of up to {longest} tokens; where attention is sparse, a token reads {most} of them")
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     after = trainer.evaluate()["eval_loss"]

@@ -76,7 +76,10 @@ CONFIGS = {
 def tensors(heads, groups, length, total, size=16, batch=1):
     generator = torch.Generator().manual_seed(heads * 1000 + total)
     shapes = (batch, heads, length, size), (batch, groups, total, size), (batch, groups, total, size)
-    return tuple(torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    # Laid out [B, tokens, heads, D], as a model's projections are.
+    return tuple(
+        torch.randn(b, n, h, d, generator=generator, dtype=torch.float64).transpose(1, 2) for b, h, n, d in shapes
+    )
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())

@@ -213,7 +213,7 @@ def _masked_attention(query, key, value, selection_query, fine, coarse, config, 
     first = total - length
     chosen = _select(selection_query[:, :, :length], fine, coarse, first, total, config, scaling)
     grouped = query.reshape(batch * groups, heads // groups, length, size)
-    output = torch.empty_like(grouped)
+    output = grouped.new_empty(grouped.shape)
     tokens = torch.arange(total, device=query.device)
     for start in range(0, length, DENSE_CHUNK):
         stop = min(start + DENSE_CHUNK, length)
@@ -246,8 +246,8 @@ def _gather_attention(query, key, value, chosen, config, scaling):
     batch, heads, length, size = query.shape
     groups, total = key.shape[1:3]
     block = config.block_size
-    folded = query.view(batch * groups, heads // groups, length, size) * scaling
-    output = torch.empty_like(folded)
+    folded = query.reshape(batch * groups, heads // groups, length, size) * scaling
+    output = folded.new_empty(folded.shape)
     dtype = torch.promote_types(query.dtype, torch.float32)
     for s in range(length):
         end = total - length + s + 1

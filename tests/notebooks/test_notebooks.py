@@ -1,0 +1,54 @@
+"""Each notebook is the rendering of its text source, runs from top to bottom in a real kernel, and shows what it says."""
+
+from pathlib import Path
+
+import pytest
+
+
+jupytext = pytest.importorskip("jupytext", reason="jupytext is not installed: extra `notebooks`")
+nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed: extra `notebooks`")
+nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed: extra `notebooks`")
+pytest.importorskip("ipykernel", reason="ipykernel is not installed: extra `notebooks`")
+
+NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
+SOURCES = sorted(NOTEBOOKS.glob("*.py"))
+
+
+def cells(notebook):
+    return [(cell.cell_type, cell.source) for cell in notebook.cells]
+
+
+def shown(notebook, kind="stdout"):
+    """What the cells printed, and the types of what they displayed."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    text = "".join(output.text for output in outputs if output.get("name") == kind)
+    types = [name for output in outputs for name in output.get("data", {})]
+    return text, types
+
+
+def test_every_notebook_has_its_source_and_its_line_in_the_readme():
+    assert SOURCES
+    assert [source.with_suffix(".ipynb") for source in SOURCES] == sorted(NOTEBOOKS.glob("*.ipynb"))
+    readme = (NOTEBOOKS / "README.md").read_text(encoding="utf-8")
+    assert [source.stem for source in SOURCES if f"({source.stem}.ipynb)" not in readme] == []
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_rendering_is_that_of_the_source(source):
+    rendered = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
+    assert cells(rendered) == cells(jupytext.read(source)), "run `make notebooks`"
+    assert all(cell.execution_count for cell in rendered.cells if cell.cell_type == "code"), "run `make notebooks`"
+    assert source.with_suffix(".ipynb").stat().st_size < 100_000, "outputs belong below 100 kB"
+
+
+@pytest.mark.real
+def test_long_document(real_checkpoint):
+    notebook = jupytext.read(NOTEBOOKS / "01_long_document.py")
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    text, types = shown(notebook)
+    answers = {line.split(": ")[0]: line for line in text.splitlines() if "anonymous functions" in line}
+    assert answers.keys() == {"infllm_v2", "sdpa"}, text
+    assert "image/png" in types
+    found, layers = map(int, text.split("it was read in ")[1].split(" layers")[0].split(" of "))
+    assert 0 < found <= layers == 30
+    assert shown(notebook, "stderr")[0].count("\n") <= 1, "only the remark on the unused sparse_config was expected"
