@@ -80,8 +80,8 @@ class TrainingArguments(SFTConfig):
     dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
 
 
-def reference_conversations(turns: int = 2, seed: int = 0) -> Dataset:
-    """Passages of the Python language reference, each answered by its first sentence and where it stands."""
+def reference_conversations(seed: int = 0) -> Dataset:
+    """Two passages of the Python language reference each, answered by their first sentence and where it stands."""
     passages = {}
     for topic, text in topics.items():
         title, *paragraphs = re.split(r"\n{2,}|\n[*=-]+\n", text)
@@ -94,7 +94,8 @@ def reference_conversations(turns: int = 2, seed: int = 0) -> Dataset:
             ]
     exchanges = list(passages.values())
     random.Random(seed).shuffle(exchanges)
-    return Dataset.from_dict({"messages": [sum(group, []) for group in zip(*[iter(exchanges)] * turns)]})
+    pairs = range(0, len(exchanges) - 1, 2)
+    return Dataset.from_dict({"messages": [exchanges[first] + exchanges[first + 1] for first in pairs]})
 
 
 def main(argv: list[str] | None = None) -> SFTTrainer:

@@ -49,8 +49,8 @@ def register() -> None:
 
 def _name_unnamed_configs() -> None:
     """
-    MiniCPM4-0.5B's config.json has no `model_type`, and Transformers has no seam for that: name it as it is read. Every
-    other config passes through untouched.
+    MiniCPM4-0.5B's config.json has no `model_type`, and Transformers has no seam for that: name it as it is read.
+    Every other config passes through untouched.
     """
     original = PreTrainedConfig.get_config_dict
     if getattr(original, "_names_minicpm", False):

@@ -35,7 +35,7 @@ def by_hand(query, key, value, config, scaling):
                 fine, coarse = means(key[b, g], position, 1), means(key[b, g], position, 4)
                 scores = [0.0] * (own + 1)
                 if coarse:
-                    for j, (start, stop, mean) in enumerate(fine):
+                    for start, stop, mean in fine:
                         weight = 0.0
                         for h in range(g * share, (g + 1) * share):
                             q = query[b, h, s] * scaling
@@ -107,7 +107,7 @@ def test_topk_that_covers_everything_is_dense():
 
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
 def test_released_config_reads_what_was_published(implementation):
-    """96 blocks: the first, the query's own and 32 before it, 62 chosen. One token further on, nothing is in the future."""
+    """96 blocks: the first, the query's own and 32 before it, 62 chosen; none in the future."""
     config = InfLLMv2Config()
     query, key, value = (tensor.float() for tensor in tensors(16, 1, 70, 9_000, size=8))
     _, blocks = infllm_v2_attention(query, key, value, config, implementation=implementation, return_blocks=True)

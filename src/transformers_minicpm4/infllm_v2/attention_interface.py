@@ -124,8 +124,8 @@ def infllm_v2_attention_forward(
     else:
         if query.shape[2] != key.shape[2]:
             raise ValueError(
-                "position_ids restart inside a call that continues a cache: packed sequences cannot share cached text. "
-                "Pass packed rows without past_key_values."
+                "position_ids restart inside a call that continues a cache: packed sequences cannot share cached "
+                "text. Pass packed rows without past_key_values."
             )
         output = _packed(query, key, value, config, attention_mask, segments, scaling, selection)
     return output.transpose(1, 2).contiguous(), None

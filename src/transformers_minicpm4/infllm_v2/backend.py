@@ -71,13 +71,15 @@ def infllm_v2_attention(
         # Queries before `start` are padding: the row begins at its first token.
         padding = max(start - (total - length), 0)
         row_keys = None if selection_key is None else selection_key[rows, :, start:]
-        if compressed_keys is None:
-            compressed = tuple(compress_keys(row_keys.detach(), *config.windows(coarse)) for coarse in (False, True))
-        else:
-            compressed = tuple(
+
+        def compressed():  # asked for only where something is selected
+            if compressed_keys is None:
+                return tuple(compress_keys(row_keys.detach(), *config.windows(coarse)) for coarse in (False, True))
+            return tuple(
                 _complete(keys[rows], total - start, *config.windows(coarse))
                 for keys, coarse in zip(compressed_keys, (False, True))
             )
+
         output, blocks = attend(
             query[rows, :, padding:],
             key[rows, :, start:],
@@ -188,7 +190,8 @@ def _check(query, key, value, config, selection_query, selection_key, compressed
         return
     if selection_query is None or (selection_key is None and compressed_keys is None):
         raise ValueError(
-            "use_nope selects with un-rotated tensors: pass selection_query and either selection_key or compressed_keys."
+            "use_nope selects with un-rotated tensors: pass selection_query and either selection_key or "
+            "compressed_keys."
         )
     if selection_query.shape != query.shape:
         raise ValueError(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
@@ -27,8 +28,8 @@ CHUNK = 2048
 SCORE_CHUNK = 64
 # Up to this many queries, gathering each one's blocks beats grouping the queries by block.
 GATHER_MAX = 8
-# Blocks gathered at once: of one head pair, 0.5 MB in float32 at the released sizes.
-GATHER_BLOCKS = 16
+# Blocks gathered at once: of one head, 1 MB in float32 at the released sizes.
+GATHER_BLOCKS = 32
 # Mask rows built at once where many queries attend densely over a longer past.
 DENSE_CHUNK = 512
 
@@ -40,7 +41,7 @@ def attend(
     config: InfLLMv2Config,
     *,
     selection_query: torch.Tensor,
-    compressed_keys: tuple[torch.Tensor, torch.Tensor],
+    compressed_keys: Callable[[], tuple[torch.Tensor, torch.Tensor]],
     scaling: float,
     longest: int,
     return_blocks: bool = False,
@@ -60,7 +61,7 @@ def attend(
             blocks.append(past.expand(key.shape[0], key.shape[1], -1, -1))
     if dense < length:
         rest, selection_query = query[:, :, dense:], selection_query[:, :, dense:].detach()
-        fine, coarse = (keys.detach() for keys in compressed_keys)
+        fine, coarse = (keys.detach() for keys in compressed_keys())
         needs_grad = torch.is_grad_enabled() and (rest.requires_grad or key.requires_grad or value.requires_grad)
         arguments = (fine, coarse, config, scaling)
         if needs_grad:
@@ -146,39 +147,42 @@ def _select(
     flat = chosen.view(batch * groups, length, num_blocks)
     for start in range(0, length, SCORE_CHUNK):
         stop = min(start + SCORE_CHUNK, length)
-        positions = torch.arange(begin + start, begin + stop, device=query.device)
-        upto = -(-(begin + stop) // config.block_size)
+        span = (begin + start, begin + stop)
+        upto = -(-span[1] // config.block_size)
         for pair in range(batch * groups) if stop - start > 1 else [slice(None)]:
             rows = query[pair, ..., start:stop, :]
-            scores = _block_scores(rows, fine[pair], coarse[pair], positions, upto, config)
-            flat[pair, start:stop, :upto] = _top_blocks(scores, positions, config)
+            scores = _block_scores(rows, fine[pair], coarse[pair], span, upto, config)
+            flat[pair, start:stop, :upto] = _top_blocks(scores, span, config)
     return chosen
 
 
-def _block_scores(query, fine, coarse, positions, num_blocks, config):
-    """Query `[..., R, S, D]` (scaled) and compressed keys `[..., D, K]` to block scores `[..., S, M]`."""
-    last = int(positions[-1])
+def _block_scores(query, fine, coarse, span, num_blocks, config):
+    """Block scores `[..., S, M]`: scaled query `[..., R, S, D]` at positions `span`, compressed keys `[..., D, K]`."""
+    begin, end = span
+    rows = query.flatten(-3, -2)
+    few = rows.shape[-2] <= rows.shape[-1]  # fewer rows than features: see _gather_attention
 
     def scores(keys, is_coarse):
-        # Keys that the last query sees; only those that the first does not see yet need masking.
-        first, count = visible_windows(positions[[0, -1]], *config.windows(is_coarse)).tolist()
-        rows = query.flatten(-3, -2)
-        few = rows.shape[-2] <= rows.shape[-1]  # fewer rows than features: see _gather_attention
+        size, stride = config.windows(is_coarse)
+        first, count = (max((position + 1 - size) // stride + 1, 0) for position in (begin, end - 1))
         logits = (keys[..., :count].mT @ rows.mT).mT if few else rows @ keys[..., :count]
-        logits = logits.unflatten(-2, query.shape[-3:-1])
-        seen = visible_windows(positions, *config.windows(is_coarse))[:, None]
-        hidden = torch.arange(first, count, device=query.device) >= seen
-        return logits, hidden, first
+        hidden = None
+        if first < count:  # seen by the last query and not yet by the first
+            seen = visible_windows(torch.arange(begin, end, device=query.device), size, stride)[:, None]
+            hidden = torch.arange(first, count, device=query.device) >= seen
+        return logits.unflatten(-2, query.shape[-3:-1]), hidden, first
 
-    weight, hidden, first_hidden = scores(fine, False)
-    logits, coarse_hidden, coarse_first = scores(coarse, True)
-    logits[..., coarse_first:].masked_fill_(coarse_hidden, -torch.inf)
-    weight.sub_(logits.logsumexp(-1, keepdim=True)).exp_()
-    weight = weight.sum(-3)
-    weight[..., first_hidden:].masked_fill_(hidden, 0)
-    blind = positions + 1 < config.windows(coarse=True)[0]
-    if last - len(positions) + 2 < config.windows(coarse=True)[0]:
-        weight.masked_fill_(blind[:, None], 0)
+    logits, hidden, first = scores(coarse, True)
+    if hidden is not None:
+        logits[..., first:].masked_fill_(hidden, -torch.inf)
+    normaliser = logits.logsumexp(-1, keepdim=True)
+    weight, hidden, first = scores(fine, False)
+    weight = weight.sub_(normaliser).exp_().sum(-3)
+    if hidden is not None:
+        weight[..., first:].masked_fill_(hidden, 0)
+    blind = min(config.windows(coarse=True)[0] - 1 - begin, end - begin)
+    if blind > 0:  # no coarse key yet
+        weight[..., :blind, :] = 0
 
     step = config.block_size // config.kernel_stride
     before = (config.kernel_size - 1) // config.kernel_stride
@@ -189,21 +193,30 @@ def _block_scores(query, fine, coarse, positions, num_blocks, config):
     return best
 
 
-def _top_blocks(scores, positions, config):
+def _top_blocks(scores, span, config):
     """`reference.select_blocks` without a sort: everything above the last admitted score, then ties from the left."""
-    block = torch.arange(scores.shape[-1], device=scores.device)
-    own = positions[:, None] // config.block_size
-    forced = (block < config.init_blocks) | (block >= own - config.window_blocks)
-    future = block > own
-    scores = scores.clamp_max(torch.finfo(scores.dtype).max)
-    scores.masked_fill_(forced, torch.inf).masked_fill_(future, -torch.inf)
+    begin, end = span
+    scores = scores.clamp_max_(torch.finfo(scores.dtype).max)
+    if end - begin == 1:
+        own = begin // config.block_size
+        scores[..., max(own - config.window_blocks, 0) :] = torch.inf
+        scores[..., : config.init_blocks] = torch.inf
+        future = None
+    else:
+        block = torch.arange(scores.shape[-1], device=scores.device)
+        own = torch.arange(begin, end, device=scores.device)[:, None] // config.block_size
+        forced = (block < config.init_blocks) | (block >= own - config.window_blocks)
+        future = block > own
+        scores.masked_fill_(forced, torch.inf).masked_fill_(future, -torch.inf)
     if config.selected_blocks >= scores.shape[-1]:
-        return ~future.expand_as(scores)
-    least = scores.topk(config.selected_blocks, dim=-1).values[..., -1:]
-    above = scores > least
-    tied = scores == least
-    room = config.selected_blocks - above.sum(-1, keepdim=True)
-    return (above | (tied & (tied.cumsum(-1) <= room))) & ~future
+        chosen = torch.ones_like(scores, dtype=torch.bool)
+    else:
+        least = scores.topk(config.selected_blocks, dim=-1).values[..., -1:]
+        above = scores > least
+        room = config.selected_blocks - above.sum(-1, keepdim=True)
+        tied = scores == least
+        chosen = above | (tied & (tied.cumsum(-1) <= room))
+    return chosen if future is None else chosen & ~future
 
 
 def _masked_attention(query, key, value, selection_query, fine, coarse, config, scaling):

@@ -95,7 +95,7 @@ class InfLLMv2CacheLayer(DynamicLayer):
 
     @property
     def compressed_keys(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fine and coarse compressed keys, `[B, G, K, D]` each; rows that start later have spare entries at the end."""
+        """Fine and coarse compressed keys, `[B, G, K, D]` each; rows that start later have spare entries."""
         return self._stored["fine"].tensor, self._stored["coarse"].tensor
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -126,8 +126,8 @@ class InfLLMv2CacheLayer(DynamicLayer):
         length = self.get_seq_length()
         if source.length != length:
             raise ValueError(
-                f"This cache holds {length} keys but {source.length} un-rotated ones: part of it was filled by a dense "
-                "pass, and use_nope cannot select from that. Start from an empty cache."
+                f"This cache holds {length} keys but {source.length} un-rotated ones: part of it was filled by a "
+                "dense pass, and use_nope cannot select from that. Start from an empty cache."
             )
         if row_starts != self.row_starts:
             self._compressed_length = 0

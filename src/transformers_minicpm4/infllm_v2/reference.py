@@ -13,6 +13,8 @@ blocks, `K` compressed keys.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from .configuration import InfLLMv2Config
@@ -118,7 +120,7 @@ def attend(
     config: InfLLMv2Config,
     *,
     selection_query: torch.Tensor,
-    compressed_keys: tuple[torch.Tensor, torch.Tensor],
+    compressed_keys: Callable[[], tuple[torch.Tensor, torch.Tensor]],
     scaling: float,
     longest: int,
     return_blocks: bool = True,
@@ -128,7 +130,7 @@ def attend(
 
     Args:
         query (`[B, H, S, D]`), key and value (`[B, G, N, D]`), selection_query (`[B, H, S, D]`), compressed_keys
-        (fine `[B, G, K, D]`, coarse `[B, G, K', D]`).
+        (gives fine `[B, G, K, D]` and coarse `[B, G, K', D]`).
 
     Returns:
         output `[B, H, S, D]` and, if asked, the blocks read, bool `[B, G, S, M]`.
@@ -138,7 +140,7 @@ def attend(
     tokens = torch.arange(total, device=query.device)
     with torch.no_grad():
         num_blocks = -(-total // config.block_size)
-        scores = block_scores(selection_query, *compressed_keys, positions, num_blocks, config, scaling)
+        scores = block_scores(selection_query, *compressed_keys(), positions, num_blocks, config, scaling)
         blocks = select_blocks(scores, positions, config)
         past = torch.arange(num_blocks, device=query.device) <= (positions // config.block_size)[:, None]
         blocks = blocks | (reads_densely(positions, config, longest)[:, None] & past)

@@ -155,8 +155,8 @@ def llama_to_minicpm4(model: LlamaForCausalLM, sparse_config: dict | None = None
 
 def minicpm4_to_llama(model: MiniCPM4ForCausalLM) -> LlamaForCausalLM:
     """
-    A MiniCPM4 as a plain dense Llama, for engines that know no MiniCPM: the three constants are folded into the weights
-    (in float32, rounded once to the weights' dtype). `sparse_config` is dropped.
+    A MiniCPM4 as a plain dense Llama, for engines that know no MiniCPM: the three constants are folded into the
+    weights (in float32, rounded once to the weights' dtype). `sparse_config` is dropped.
 
     Raises:
         ValueError: LongRoPE whose two factor lists differ, which Llama code switches by another rule.

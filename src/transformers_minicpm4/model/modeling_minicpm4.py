@@ -102,9 +102,9 @@ class MiniCPM4RotaryEmbedding(LlamaRotaryEmbedding):
             return
         if bool(((position_ids[:, 0] <= original) & (position_ids.amax(-1) + 1 > original)).any()):
             logger.warning_once(
-                f"The sequence grows past original_max_position_embeddings ({original} tokens), where LongRoPE changes "
-                "its factors, while earlier tokens are cached with the short ones. Answers differ from those without a "
-                "cache; to avoid that, raise max_position_embeddings before the first token."
+                f"The sequence grows past original_max_position_embeddings ({original} tokens), where LongRoPE "
+                "changes its factors, while earlier tokens are cached with the short ones. Answers differ from those "
+                "without a cache; to avoid that, raise max_position_embeddings before the first token."
             )
 
 

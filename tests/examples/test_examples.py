@@ -1,0 +1,119 @@
+"""Each example does what it says, on the real weights of `make assets`."""
+
+import importlib.util
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from transformers_minicpm4 import InfLLMv2Config, MiniCPM4Config, MiniCPM4ForCausalLM
+from transformers_minicpm4.generation.chat import chat_template
+
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+pytestmark = pytest.mark.real
+
+
+def test_every_example_is_tested():
+    tests = Path(__file__).read_text(encoding="utf-8")
+    assert [path.name for path in EXAMPLES.glob("*.py") if f"{path.stem}" not in tests] == []
+
+
+def test_long_document(real_checkpoint, monkeypatch, capsys):
+    monkeypatch.setenv("MODEL", str(real_checkpoint))
+    monkeypatch.setattr(sys, "argv", ["long_document.py"])
+    runpy.run_path(str(EXAMPLES / "long_document.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    read = re.findall(r"(\w+): the answer's first token read (\d+) of (\d+) blocks", out)
+    total = read[0][2]
+    assert read == [("infllm_v2", "20", total), ("sdpa", total, total)]
+    assert int(total) > 40
+    # The chapter says: "... are used to create anonymous functions".
+    assert out.count("anonymous functions") == 2, out
+
+
+class TestSftLora:
+    @pytest.fixture
+    def example(self, monkeypatch):
+        for package in ("trl", "peft"):
+            pytest.importorskip(package, reason=f"{package} is not installed: extra `rl`")
+        spec = importlib.util.spec_from_file_location("examples_sft_lora", EXAMPLES / "sft_lora.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)  # the argument parser looks up types there
+        spec.loader.exec_module(module)
+        return module
+
+    @pytest.fixture
+    def train(self, example, tmp_path, capsys):
+        """Run the example; returns the trainer, the folder it saved to, and the two losses it printed."""
+
+        def run(*arguments):
+            trainer = example.main([*arguments, "--output_dir", str(tmp_path / "out"), "--disable_tqdm", "true"])
+            out = capsys.readouterr().out
+            losses = re.search(r"([\d.]+) before training, ([\d.]+) after", out).groups()
+            return trainer, tmp_path / "out", [float(loss) for loss in losses]
+
+        return run
+
+    @pytest.fixture
+    def ids(self, train):
+        return torch.randint(10, 40_000, (1, 230))
+
+    def test_documented_commands_are_understood(self, example):
+        def commands(text):
+            joined = text.replace("\\\n", " ")
+            return [
+                tuple(line.split()[2:]) for line in re.findall(r"^ *(python examples/sft_lora\.py.*)", joined, re.M)
+            ]
+
+        documented = commands(example.__doc__)
+        page = EXAMPLES.parent / "docs" / "training.md"
+        assert sorted(documented) == sorted(commands(page.read_text(encoding="utf-8")))
+        assert len(documented) == 3
+        parser = example.TrlParser((example.ScriptArguments, example.TrainingArguments))
+        parsed = [parser.parse_args_and_config(arguments) for arguments in documented]
+        assert sorted(script.full for script, _ in parsed) == [False, False, True]
+
+    def test_adapter(self, train, real_checkpoint, ids):
+        from peft import AutoPeftModelForCausalLM
+
+        trainer, folder, (before, after) = train("--max_steps", "3", "--eval_rows", "1")
+        assert after < 0.8 * before
+        lengths = [len(row) for row in trainer.train_dataset["input_ids"]]
+        sparse_config = trainer.model.config.sparse_config
+        sparse = InfLLMv2Config.from_dict(sparse_config)
+        assert sum(length > sparse.selected_blocks * sparse.block_size for length in lengths) > 0.8 * len(lengths)
+
+        loaded = AutoPeftModelForCausalLM.from_pretrained(folder, sparse_config=sparse_config, dtype=torch.float32)
+        assert loaded.config._attn_implementation == "infllm_v2"
+        trained = trainer.model.eval()
+        with torch.no_grad():
+            wanted = trained(ids).logits
+            assert torch.equal(loaded.eval()(ids).logits, wanted)
+            with trained.disable_adapter():
+                assert (trained(ids).logits - wanted).abs().max() > 0.1
+        assert AutoTokenizer.from_pretrained(folder).chat_template == chat_template("minicpm4")
+
+    def test_all_weights_of_a_tiny_model_on_a_file(self, train, real_checkpoint, ids, tmp_path):
+        tokenizer = AutoTokenizer.from_pretrained(real_checkpoint)
+        fields = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        config = MiniCPM4Config(**fields, vocab_size=len(tokenizer), num_key_value_heads=2, dim_model_base=16)
+        MiniCPM4ForCausalLM(config).save_pretrained(tmp_path / "tiny")
+        tokenizer.save_pretrained(tmp_path / "tiny")
+        messages = [{"role": "user", "content": "one two " * 150}, {"role": "assistant", "content": "three four"}]
+        rows = tmp_path / "rows.jsonl"
+        rows.write_text((json.dumps({"messages": messages}) + "\n") * 6, encoding="utf-8")
+
+        source = ("--model_name_or_path", str(tmp_path / "tiny"), "--dataset_name", str(rows))
+        trainer, folder, (before, after) = train("--full", *source, "--max_steps", "4", "--learning_rate", "1e-2")
+        assert after < before
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        assert loaded.config._attn_implementation == "infllm_v2"
+        with torch.no_grad():
+            assert torch.equal(loaded(ids).logits, trainer.model.eval()(ids).logits)
