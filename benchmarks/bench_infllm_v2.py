@@ -148,20 +148,17 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     rows = []
+    lengths = (32_768,) if args.quick else (32_768, 131_072)
     with torch.no_grad():
         if args.only in (None, "decode"):
-            for total in (32_768,) if args.quick else (32_768, 131_072):
-                rows.append(decode(total, 11 if args.quick else 51))
-        if args.only in (None, "slice"):
-            if args.quick:
-                rows.append(prefill_slice(32_768, 256, 3, False))
-            else:
-                for total in (32_768, 65_536):
-                    for correlated in (False, True):
-                        rows.append(prefill_slice(total, 1024, 3, correlated))
+            rows += [decode(total, 11 if args.quick else 51) for total in lengths]
+        if args.only in (None, "slice") and args.quick:
+            rows.append(prefill_slice(32_768, 256, 3, False))
+        elif args.only in (None, "slice"):
+            cases = [(total, correlated) for total in (32_768, 65_536) for correlated in (False, True)]
+            rows += [prefill_slice(total, 1024, 3, correlated) for total, correlated in cases]
         if args.only in (None, "whole") and not args.quick:
-            for total, rounds in ((8_192, 5), (16_384, 5), (32_768, 3)):
-                rows.append(prefill_whole(total, rounds))
+            rows += [prefill_whole(total, rounds) for total, rounds in ((8_192, 5), (16_384, 3), (32_768, 3))]
         if args.only in (None, "memory") and not args.quick:
             rows.append(peak_memory(65_536))
     for row in rows:

@@ -110,8 +110,8 @@ from transformers_minicpm4.model.modeling_minicpm4 import apply_rotary_pos_emb
 
 
 @torch.no_grad()
-def blocks_read(index: int) -> torch.Tensor:
-    """Which blocks (last axis) each token reads, for each key/value head: bool `[heads, tokens, blocks]`."""
+def blocks_read(index: int, tokens: int = length) -> torch.Tensor:
+    """Which blocks each of the last tokens reads, for each key/value head: bool `[heads, tokens, blocks]`."""
     layer = model.model.layers[index]
     states = layer.input_layernorm(hidden_states[index])
     query, key, value = (
@@ -120,7 +120,7 @@ def blocks_read(index: int) -> torch.Tensor:
     )
     cos, sin = model.model.rotary_emb(states, torch.arange(length)[None])
     query, key = apply_rotary_pos_emb(query, key, cos, sin)
-    return infllm_v2_attention(query, key, value, sparse, return_blocks=True)[1][0]
+    return infllm_v2_attention(query[:, :, -tokens:], key, value, sparse, return_blocks=True)[1][0]
 
 
 # %% [markdown]
@@ -146,7 +146,7 @@ start = prompt.index(topics["lambda"])
 inside = (offsets[:, 0] >= start) & (offsets[:, 0] < start + len(topics["lambda"]))
 wanted = torch.arange(length)[inside].div(sparse.block_size, rounding_mode="floor").unique()
 layers = range(model.config.num_hidden_layers)
-hits = sum(blocks_read(index)[:, -1, wanted].any().item() for index in layers)
+hits = sum(blocks_read(index, tokens=1)[..., wanted].any().item() for index in layers)
 share = read[:, -1].sum(-1).float().mean().item() / blocks
 print(f"The chapter is in blocks {wanted.tolist()}; it was read in {hits} of {len(layers)} layers.")
 print(f"In each layer the last token reads {share:.0%} of the document.")

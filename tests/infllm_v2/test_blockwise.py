@@ -71,6 +71,16 @@ def test_lower_precision_stays_near_the_float64_definition(dtype):
     assert within(relative_rms(output[same], wanted[same]), name)
 
 
+def test_inference_mode_and_no_grad_may_alternate():
+    """The buffer of few queries is kept between calls, whichever mode made it."""
+    inputs = tensors(4, 2, 1, 150)
+    with torch.inference_mode():
+        first = infllm_v2_attention(*inputs, CONFIGS["window"])
+    with torch.no_grad():
+        second = infllm_v2_attention(*inputs, CONFIGS["window"])
+    assert torch.equal(first, second)
+
+
 class LargestTensor(TorchDispatchMode):
     """Elements of the largest tensor that any operation gives back."""
 

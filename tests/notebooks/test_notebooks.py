@@ -1,4 +1,4 @@
-"""Each notebook is the rendering of its text source, runs from top to bottom in a real kernel, and shows what it says."""
+"""Each notebook is the rendering of its text source, runs from top to bottom in a real kernel, and shows its point."""
 
 from pathlib import Path
 

@@ -249,7 +249,12 @@ _scratch = threading.local()
 def _buffer(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """A buffer of `shape` kept between calls: allocating it anew costs more than filling it."""
     kept, size = getattr(_scratch, "buffer", None), math.prod(shape)
-    if kept is None or kept.dtype != like.dtype or kept.device != like.device or kept.numel() < size:
+    if (
+        kept is None
+        or (kept.dtype, kept.device) != (like.dtype, like.device)
+        or kept.numel() < size
+        or (kept.is_inference() and not torch.is_inference_mode_enabled())
+    ):
         kept = _scratch.buffer = torch.empty(size, dtype=like.dtype, device=like.device)
     return kept[:size].view(shape)
 
