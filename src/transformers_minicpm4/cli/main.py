@@ -9,7 +9,6 @@ import os
 import sys
 import traceback
 from importlib import import_module
-from importlib.util import find_spec
 
 from .errors import UserError, one_line
 
@@ -41,9 +40,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name in COMMANDS:
-        # Goes as soon as demo.py is there.
-        if name == "demo" and find_spec(f"{__package__}.demo") is None:
-            continue
         import_module(f".{name}", __package__).register(subparsers)
     for name, subparser in subparsers.choices.items():
         if name not in HANDED_OVER:

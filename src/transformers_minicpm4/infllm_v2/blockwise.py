@@ -70,8 +70,8 @@ def attend(
             chosen = _select(selection_query, fine, coarse, first + dense, total, config, scaling)
             pieces = [(_gather_attention(rest, key, value, chosen, config, scaling), chosen)]
         else:
-            # Up to twice what a query reads, reading everything under a mask is faster than picking.
-            masked = 2 * config.selected_blocks * config.block_size - (first + dense)
+            # Up to half as much again as a query reads, reading all under a mask is faster than picking.
+            masked = 3 * config.selected_blocks * config.block_size // 2 - (first + dense)
             masked = min(max(masked, 0), rest.shape[2])
             upto = first + dense + masked
             pieces = []
