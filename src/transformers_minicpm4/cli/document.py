@@ -33,7 +33,7 @@ class Question:
 
 # The first three whose evidence is in the text are asked; the others are spare, for a Python whose reference is worded
 # differently. The wording of question and lead was chosen on the dense model, which is too small to chat across 4,000
-# tokens but finds a sentence whose beginning it is given. Without the text it answers none of them.
+# tokens but finds a sentence whose beginning it is given.
 QUESTIONS = (
     Question(
         "Which radix is used for the integer and exponent parts of floating point literals?",
