@@ -13,7 +13,7 @@ TOLERANCES = {
     "logits_norm_float32": (
         4e-5,
         8.2e-6,
-    ),  # float64, but the norms are float32 as released: two ways to write the same mean
+    ),  # float64 but for the norms, float32 as released
     "logits_rope_tables_float32": (1e-6, 0),  # float64 model, rotation tables rounded at different places
     "loss_float32": (1e-6, 0),
     "rope_float32": (1e-5, 2.5e-6),  # angles up to 40,000 rad in float32, against float64

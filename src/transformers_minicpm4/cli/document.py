@@ -33,14 +33,14 @@ class Question:
 
 # The first three whose evidence is in the text are asked; the others are spare, for a Python whose reference is worded
 # differently. The wording of question and lead was chosen on the dense model, which is too small to chat across 4,000
-# tokens but finds a sentence whose beginning it is given.
+# tokens but finds a sentence whose beginning it is given; sparse agreement with a margin was part of the choice.
 QUESTIONS = (
     Question(
-        "Which radix is used for the integer and exponent parts of floating point literals?",
-        "The integer and exponent parts are always interpreted using radix",
-        "10",
-        "are always interpreted using radix 10",
-        "floating",
+        "In which order does the deletion of a target list delete each target?",
+        "Deletion of a target list recursively deletes each target, from",
+        "left to right",
+        "recursively deletes each target, from left to right",
+        "del",
     ),
     Question(
         "What does the interpreter do when an exception is not handled at all?",
@@ -50,13 +50,6 @@ QUESTIONS = (
         "exceptions",
     ),
     Question(
-        "In which functions are yield expressions used?",
-        "Yield expressions are only used when defining a",
-        "generator",
-        "are only used when defining a *generator* function",
-        "yield",
-    ),
-    Question(
         'What do "and" and "or" return?',
         "They return the last",
         "evaluated argument",
@@ -64,30 +57,30 @@ QUESTIONS = (
         "booleans",
     ),
     Question(
-        "What does the context manager handle?",
-        "The context manager handles the entry into, and the",
-        "exit from",
-        "the entry into, and the exit from",
-        "context-managers",
+        "Which radix is used for the integer and exponent parts of floating point literals?",
+        "The integer and exponent parts are always interpreted using radix",
+        "10",
+        "are always interpreted using radix 10",
+        "floating",
     ),
 )
 ASKED = 3
 WITHOUT_A_QUESTION = Question("What is the text about?")
 
-# In the order of the text. All of them read alike in Python 3.10 to 3.13, so that they all show the model the same.
+# In the order of the text.
 TOPICS = (
-    "integers",
-    "floating",
-    "imaginary",
-    "numbers",
+    "return",
+    "global",
     "break",
     "continue",
     "pass",
     "del",
     "assert",
     "exceptions",
-    "global",
-    "return",
+    "integers",
+    "floating",
+    "imaginary",
+    "numbers",
     "context-managers",
     "booleans",
     "yield",
