@@ -76,6 +76,10 @@ def test_what_the_interface_refuses(llama):
         llama(ids, attention_mask=torch.ones(1, 39))
     with pytest.raises(ValueError, match="dynamic cache, and this one is static"):
         llama.generate(ids, max_new_tokens=3, cache_implementation="static", do_sample=False)
+    llama.config.sparse_config = {**SPARSE.to_dict(), "use_nope": True}
+    with pytest.raises(ValueError, match="LlamaAttention does not hand over"):
+        llama(ids)
+    llama.config.sparse_config = SPARSE.to_dict()
     llama.config.attention_dropout = 0.1
     for layer in llama.model.layers:
         layer.self_attn.attention_dropout = 0.1

@@ -170,6 +170,8 @@ def test_custom_or_misshapen_masks_are_refused(tiny_model, sparse_config):
         model(ids, attention_mask=torch.ones(1, 41))
     with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
         model()
+    with pytest.raises(ValueError, match="no tokens; give at least one"):
+        model(ids[:, :0])
 
 
 def test_weight_names_are_the_hubs(tiny_model):

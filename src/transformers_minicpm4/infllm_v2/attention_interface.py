@@ -104,6 +104,11 @@ def infllm_v2_attention_forward(
     if config is None:
         sparse_config = getattr(module.config, "sparse_config", None)
         config = InfLLMv2Config() if sparse_config is None else InfLLMv2Config.from_dict(sparse_config)
+    if config.use_nope and kwargs.get("selection_query") is None:
+        raise ValueError(
+            f"use_nope selects with un-rotated queries and keys, which {type(module).__name__} does not hand over: "
+            "only MiniCPM4 does. Set use_nope to false in sparse_config, or convert the model (llama_to_minicpm4)."
+        )
     if "segments" in kwargs:
         segments = kwargs["segments"]
     else:

@@ -269,6 +269,8 @@ class MiniCPM4Model(MiniCPM4PreTrainedModel, LlamaModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if inputs_embeds.shape[1] == 0:
+            raise ValueError("The input has no tokens; give at least one (the tokenizer's <s> for an empty text).")
 
         past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
