@@ -116,7 +116,7 @@ PEAK = """
 import resource, sys, torch
 torch.set_num_threads(2)
 from transformers_minicpm4.infllm_v2 import InfLLMv2Config, infllm_v2_attention
-total, warm = int(sys.argv[1]), 9000
+total = int(sys.argv[1])
 def run(n):
     q, k = torch.randn(1, 16, n, 128), torch.randn(1, 1, n, 128)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
