@@ -1,0 +1,39 @@
+"""What several kernels share. Shapes follow `ops`; a tile holds some queries of one row times the heads of one group."""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_INTERPRET = tl.constexpr(INTERPRET)
+LOG2E = 1.4426950408889634
+# Rows of a tile: what a tensor core instruction fills, and few enough that the accumulators stay in registers.
+ROWS = 64
+
+
+@triton.jit
+def dot(a, b):
+    """Matrix product with float32 accumulation, exact for float32 inputs."""
+    if _INTERPRET:  # the interpreter's product of bfloat16 operands is wrong
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def count_windows(tokens, SIZE: tl.constexpr, STRIDE: tl.constexpr):
+    """Complete windows of that many tokens; of position + 1 tokens: the windows its query sees."""
+    return tl.where(tokens >= SIZE, (tokens - SIZE) // STRIDE + 1, 0)
+
+
+def power_of_two(number: int) -> int:
+    return triton.next_power_of_2(number)
+
+
+def tile(group: int) -> tuple[int, int]:
+    """Queries a tile and heads a query (padded), so that their product is `ROWS` where the group allows."""
+    heads = power_of_two(group)
+    return min(max(ROWS // heads, 1), 16), heads
