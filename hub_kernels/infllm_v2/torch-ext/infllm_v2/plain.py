@@ -98,7 +98,7 @@ def _scores(query, fine, coarse, positions, num_blocks, block_size, size, stride
     groups = fine.shape[1]
     grouped = query.float().unflatten(1, (groups, -1)).permute(1, 2, 0, 3)  # [G, R, S, D]
     parts = []
-    for begin in range(0, len(positions), CHUNK):
+    for begin in range(0, max(len(positions), 1), CHUNK):
         rows, at = grouped[:, :, begin : begin + CHUNK], positions[begin : begin + CHUNK]
 
         def seen(count, wide, apart, at=at):

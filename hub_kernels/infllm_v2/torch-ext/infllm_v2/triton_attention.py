@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_common import LOG2E, dot, power_of_two, tile
+from .triton_common import LOG2E, attention_warps, dot, inside_of, power_of_two, tile
 
 
 # Queries of one block that one program of the backward pass walks through.
@@ -37,22 +37,23 @@ def _union_kernel(
     q_start = tl.load(cu_seqlens_q + b)
     q_length = tl.load(cu_seqlens_q + b + 1) - q_start
     num_blocks = tl.cdiv(tl.load(cu_seqlens_k + b + 1) - tl.load(cu_seqlens_k + b), BLOCK)
-    if part * Q < q_length:
-        element = tl.arange(0, Q * TP)
-        q, t = element // TP, element % TP
-        row = part * Q + q
-        at = blocks + (g * num_queries + q_start + row).to(tl.int64) * T + t
-        index = tl.load(at, mask=(row < q_length) & (t < T), other=-1)
-        index = tl.where((index >= 0) & (index < num_blocks), index, 1 << 15)
-        ordered = tl.sort(index * 16 + q)
-        index, q = ordered // 16, ordered % 16
-        previous = tl.gather(index, tl.maximum(element - 1, 0), 0)
-        real = index < 1 << 15
-        fresh = (real & ((element == 0) | (index != previous))).to(tl.int32)
-        place = tl.cumsum(fresh, 0) - 1
-        own = g * num_tiles + q_start // Q + b + part
-        tl.atomic_or(union + own * (Q * T) + place, (index << 16) | (1 << q), mask=real)
-        tl.store(counts + own, tl.sum(fresh, 0))
+    if part * Q >= q_length:
+        return
+    element = tl.arange(0, Q * TP)
+    q, t = element // TP, element % TP
+    row = part * Q + q
+    at = blocks + (g * num_queries + q_start + row).to(tl.int64) * T + t
+    index = tl.load(at, mask=(row < q_length) & (t < T), other=-1)
+    index = tl.where((index >= 0) & (index < num_blocks), index, 1 << 15)
+    ordered = tl.sort(index * 16 + q)
+    index, q = ordered // 16, ordered % 16
+    previous = tl.gather(index, tl.maximum(element - 1, 0), 0)
+    real = index < 1 << 15
+    fresh = (real & ((element == 0) | (index != previous))).to(tl.int32)
+    place = tl.cumsum(fresh, 0) - 1
+    own = g * num_tiles + q_start // Q + b + part
+    tl.atomic_or(union + own * (Q * T) + place, (index << 16) | (1 << q), mask=real)
+    tl.store(counts + own, tl.sum(fresh, 0))
 
 
 def _union(blocks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, block_size, queries):
@@ -92,40 +93,45 @@ def _forward_kernel(
     index, head, inside, position, q_start, q_length, k_start, k_length = _tile_rows(
         part, b, cu_seqlens_q, cu_seqlens_k, R, Q, P
     )
-    if part * Q < q_length:
-        feature, token = tl.arange(0, DP), tl.arange(0, BP)
-        real = feature < D
-        at = (q_start + index).to(tl.int64)
-        head += g * R
-        both = inside[:, None] & real[None, :]
-        q = tl.load(query + at[:, None] * stride_qs + head[:, None] * stride_qh + feature[None, :], mask=both, other=0.0)
-        key += k_start.to(tl.int64) * stride_kn + g * stride_kg
-        value += k_start.to(tl.int64) * stride_vn + g * stride_vg
-        bit = tl.arange(0, Q * P) // P
-        peak = tl.full([Q * P], float("-inf"), tl.float32)
-        mass = tl.zeros([Q * P], tl.float32)
-        total = tl.zeros([Q * P, DP], tl.float32)
-        own = g * num_tiles + q_start // Q + b + part
-        for i in tl.range(0, tl.load(counts + own), num_stages=STAGES):
-            entry = tl.load(union + own * room + i)
-            n = (entry >> 16) * BLOCK + token
-            there = ((token < BLOCK) & (n < k_length))[:, None] & real[None, :]
-            k = tl.load(key + n.to(tl.int64)[:, None] * stride_kn + feature[None, :], mask=there, other=0.0)
-            allowed = (((entry >> bit) & 1) == 1)[:, None] & (n[None, :] <= position[:, None]) & (token < BLOCK)[None, :]
-            logits = tl.where(allowed, dot(q, tl.trans(k)) * scale, float("-inf"))
-            raised = tl.maximum(peak, tl.max(logits, 1))
-            base = tl.where(raised == float("-inf"), 0.0, raised)
-            shrink = tl.exp2(peak - base)
-            weight = tl.exp2(logits - base[:, None])
-            mass = mass * shrink + tl.sum(weight, 1)
-            v = tl.load(value + n.to(tl.int64)[:, None] * stride_vn + feature[None, :], mask=there, other=0.0)
-            total = total * shrink[:, None] + dot(weight.to(v.dtype), v)
-            peak = raised
-        total = total / tl.where(mass > 0, mass, 1.0)[:, None]
-        to = output + (at * heads + head)[:, None] * D + feature[None, :]
-        tl.store(to, total.to(output.dtype.element_ty), mask=both)
-        # Base 2 in here, base e at the door; a query without a key has -inf.
-        tl.store(lse + at * heads + head, (peak + tl.log2(tl.where(mass > 0, mass, 1.0))) * 0.6931471805599453, mask=inside)
+    if part * Q >= q_length:
+        return
+    feature, token = tl.arange(0, DP), tl.arange(0, BP)
+    at = (q_start + index).to(tl.int64)
+    head += g * R
+    both = inside_of(inside, feature, D, DP)
+    q = tl.load(query + at[:, None] * stride_qs + head[:, None] * stride_qh + feature[None, :], mask=both, other=0.0)
+    key += k_start.to(tl.int64) * stride_kn + g * stride_kg
+    value += k_start.to(tl.int64) * stride_vn + g * stride_vg
+    bit = tl.arange(0, Q * P) // P
+    peak = tl.full([Q * P], float("-inf"), tl.float32)
+    mass = tl.zeros([Q * P], tl.float32)
+    total = tl.zeros([Q * P, DP], tl.float32)
+    own = g * num_tiles + q_start // Q + b + part
+    for i in tl.range(0, tl.load(counts + own), num_stages=STAGES):
+        entry = tl.load(union + own * room + i)
+        first = (entry >> 16) * BLOCK
+        n = first + token
+        there = inside_of((token < BLOCK) & (n < k_length), feature, D, DP)
+        k_at = key + first.to(tl.int64) * stride_kn
+        v_at = value + first.to(tl.int64) * stride_vn
+        k = tl.load(k_at + token[:, None] * stride_kn + feature[None, :], mask=there, other=0.0)
+        allowed = (((entry >> bit) & 1) == 1)[:, None] & (n[None, :] <= position[:, None]) & (token < BLOCK)[None, :]
+        logits = tl.where(allowed, dot(q, tl.trans(k)) * scale, float("-inf"))
+        raised = tl.maximum(peak, tl.max(logits, 1))
+        base = tl.where(raised == float("-inf"), 0.0, raised)
+        shrink = tl.exp2(peak - base)
+        weight = tl.exp2(logits - base[:, None])
+        mass = mass * shrink + tl.sum(weight, 1)
+        v = tl.load(v_at + token[:, None] * stride_vn + feature[None, :], mask=there, other=0.0)
+        total = total * shrink[:, None] + dot(weight.to(v.dtype), v)
+        peak = raised
+    total = total / tl.where(mass > 0, mass, 1.0)[:, None]
+    to = output + (at * heads + head)[:, None] * D + feature[None, :]
+    tl.store(to, total.to(output.dtype.element_ty), mask=both)
+    # Base 2 in here, base e at the door; a query without a key has -inf.
+    tl.store(
+        lse + at * heads + head, (peak + tl.log2(tl.where(mass > 0, mass, 1.0))) * 0.6931471805599453, mask=inside
+    )
 
 
 @triton.jit
@@ -140,36 +146,39 @@ def _backward_query_kernel(
     index, head, inside, position, q_start, q_length, k_start, k_length = _tile_rows(
         part, b, cu_seqlens_q, cu_seqlens_k, R, Q, P
     )
-    if part * Q < q_length:
-        feature, token = tl.arange(0, DP), tl.arange(0, BP)
-        real = feature < D
-        at = (q_start + index).to(tl.int64)
-        head += g * R
-        both = inside[:, None] & real[None, :]
-        q = tl.load(query + at[:, None] * stride_qs + head[:, None] * stride_qh + feature[None, :], mask=both, other=0.0)
-        flat = (at * heads + head)[:, None] * D + feature[None, :]
-        slope = tl.load(grad + flat, mask=both, other=0.0)
-        result = tl.load(output + flat, mask=both, other=0.0)
-        shift = tl.sum(slope.to(tl.float32) * result.to(tl.float32), 1)
-        tl.store(delta + at * heads + head, shift, mask=inside)
-        normaliser = tl.load(lse + at * heads + head, mask=inside, other=0.0) * 1.4426950408889634
-        normaliser = tl.where(normaliser == float("-inf"), 0.0, normaliser)
-        key += k_start.to(tl.int64) * stride_kn + g * stride_kg
-        value += k_start.to(tl.int64) * stride_vn + g * stride_vg
-        bit = tl.arange(0, Q * P) // P
-        total = tl.zeros([Q * P, DP], tl.float32)
-        own = g * num_tiles + q_start // Q + b + part
-        for i in tl.range(0, tl.load(counts + own), num_stages=STAGES):
-            entry = tl.load(union + own * room + i)
-            n = (entry >> 16) * BLOCK + token
-            there = ((token < BLOCK) & (n < k_length))[:, None] & real[None, :]
-            k = tl.load(key + n.to(tl.int64)[:, None] * stride_kn + feature[None, :], mask=there, other=0.0)
-            v = tl.load(value + n.to(tl.int64)[:, None] * stride_vn + feature[None, :], mask=there, other=0.0)
-            allowed = (((entry >> bit) & 1) == 1)[:, None] & (n[None, :] <= position[:, None]) & (token < BLOCK)[None, :]
-            weight = tl.where(allowed, tl.exp2(dot(q, tl.trans(k)) * scale - normaliser[:, None]), 0.0)
-            change = weight * (dot(slope, tl.trans(v)) - shift[:, None])
-            total += dot(change.to(k.dtype), k)
-        tl.store(grad_query + flat, (total * scaling).to(grad_query.dtype.element_ty), mask=both)
+    if part * Q >= q_length:
+        return
+    feature, token = tl.arange(0, DP), tl.arange(0, BP)
+    at = (q_start + index).to(tl.int64)
+    head += g * R
+    both = inside_of(inside, feature, D, DP)
+    q = tl.load(query + at[:, None] * stride_qs + head[:, None] * stride_qh + feature[None, :], mask=both, other=0.0)
+    flat = (at * heads + head)[:, None] * D + feature[None, :]
+    slope = tl.load(grad + flat, mask=both, other=0.0)
+    result = tl.load(output + flat, mask=both, other=0.0)
+    shift = tl.sum(slope.to(tl.float32) * result.to(tl.float32), 1)
+    tl.store(delta + at * heads + head, shift, mask=inside)
+    normaliser = tl.load(lse + at * heads + head, mask=inside, other=0.0) * 1.4426950408889634
+    normaliser = tl.where(normaliser == float("-inf"), 0.0, normaliser)
+    key += k_start.to(tl.int64) * stride_kn + g * stride_kg
+    value += k_start.to(tl.int64) * stride_vn + g * stride_vg
+    bit = tl.arange(0, Q * P) // P
+    total = tl.zeros([Q * P, DP], tl.float32)
+    own = g * num_tiles + q_start // Q + b + part
+    for i in tl.range(0, tl.load(counts + own), num_stages=STAGES):
+        entry = tl.load(union + own * room + i)
+        first = (entry >> 16) * BLOCK
+        n = first + token
+        there = inside_of((token < BLOCK) & (n < k_length), feature, D, DP)
+        k_at = key + first.to(tl.int64) * stride_kn
+        v_at = value + first.to(tl.int64) * stride_vn
+        k = tl.load(k_at + token[:, None] * stride_kn + feature[None, :], mask=there, other=0.0)
+        v = tl.load(v_at + token[:, None] * stride_vn + feature[None, :], mask=there, other=0.0)
+        allowed = (((entry >> bit) & 1) == 1)[:, None] & (n[None, :] <= position[:, None]) & (token < BLOCK)[None, :]
+        weight = tl.where(allowed, tl.exp2(dot(q, tl.trans(k)) * scale - normaliser[:, None]), 0.0)
+        change = weight * (dot(slope, tl.trans(v)) - shift[:, None])
+        total += dot(change.to(k.dtype), k)
+    tl.store(grad_query + flat, (total * scaling).to(grad_query.dtype.element_ty), mask=both)
 
 
 @triton.jit
@@ -182,46 +191,46 @@ def _backward_key_kernel(
     """Program: one segment of the queries that read one key block; unscaled sums `[2, BP, DP]` in float32."""
     segment = tl.program_id(0).to(tl.int64)
     flat = tl.load(segment_blocks + segment)
-    if flat >= 0:
-        g = (flat // blocks_a_head).to(tl.int64)
-        b = tl.load(block_rows + flat % blocks_a_head)
-        k_start, q_start = tl.load(cu_seqlens_k + b), tl.load(cu_seqlens_q + b)
-        k_length = tl.load(cu_seqlens_k + b + 1) - k_start
-        shift = k_length - (tl.load(cu_seqlens_q + b + 1) - q_start) - q_start  # from query to position
-        block = flat % blocks_a_head - (k_start // BLOCK + b)
-        feature, token, row = tl.arange(0, DP), tl.arange(0, BP), tl.arange(0, Q * P)
-        real = feature < D
-        n = block * BLOCK + token
-        present = (token < BLOCK) & (n < k_length)
-        there = present[:, None] & real[None, :]
-        at = (k_start + n).to(tl.int64)[:, None]
-        k = tl.load(key + g * stride_kg + at * stride_kn + feature[None, :], mask=there, other=0.0)
-        v = tl.load(value + g * stride_vg + at * stride_vn + feature[None, :], mask=there, other=0.0)
-        grad_k = tl.zeros([BP, DP], tl.float32)
-        grad_v = tl.zeros([BP, DP], tl.float32)
-        first = tl.load(reader_starts + flat) + tl.load(segment_firsts + segment)
-        last = tl.minimum(first + SEGMENT, tl.load(reader_starts + flat + 1))
-        head = row % P
-        for i in tl.range(first, last, Q, num_stages=STAGES):
-            reader = i + row // P
-            inside = (reader < last) & (head < R)
-            s = tl.load(readers + reader, mask=inside, other=0)
-            from_row = s.to(tl.int64) * heads + g * R + head
-            both = inside[:, None] & real[None, :]
-            q_at = s.to(tl.int64)[:, None] * stride_qs + (g * R + head)[:, None] * stride_qh + feature[None, :]
-            q = tl.load(query + q_at, mask=both, other=0.0)
-            normaliser = tl.load(lse + from_row, mask=inside, other=0.0) * 1.4426950408889634
-            normaliser = tl.where(normaliser == float("-inf"), 0.0, normaliser)
-            allowed = inside[None, :] & (n[:, None] <= (s + shift)[None, :]) & present[:, None]
-            weight = tl.where(allowed, tl.exp2(dot(k, tl.trans(q)) * scale - normaliser[None, :]), 0.0)
-            slope = tl.load(grad + from_row[:, None] * D + feature[None, :], mask=both, other=0.0)
-            grad_v += dot(weight.to(slope.dtype), slope)
-            offset = tl.load(delta + from_row, mask=inside, other=0.0)
-            change = weight * (dot(v, tl.trans(slope)) - offset[None, :])
-            grad_k += dot(change.to(q.dtype), q)
-        to = partial + segment * (2 * BP * DP) + token[:, None] * DP + feature[None, :]
-        tl.store(to, grad_k)
-        tl.store(to + BP * DP, grad_v)
+    if flat < 0:
+        return
+    g = (flat // blocks_a_head).to(tl.int64)
+    b = tl.load(block_rows + flat % blocks_a_head)
+    k_start, q_start = tl.load(cu_seqlens_k + b), tl.load(cu_seqlens_q + b)
+    k_length = tl.load(cu_seqlens_k + b + 1) - k_start
+    shift = k_length - (tl.load(cu_seqlens_q + b + 1) - q_start) - q_start  # from query to position
+    block = flat % blocks_a_head - (k_start // BLOCK + b)
+    feature, token, row = tl.arange(0, DP), tl.arange(0, BP), tl.arange(0, Q * P)
+    n = block * BLOCK + token
+    present = (token < BLOCK) & (n < k_length)
+    there = inside_of(present, feature, D, DP)
+    at = (k_start + n).to(tl.int64)[:, None]
+    k = tl.load(key + g * stride_kg + at * stride_kn + feature[None, :], mask=there, other=0.0)
+    v = tl.load(value + g * stride_vg + at * stride_vn + feature[None, :], mask=there, other=0.0)
+    grad_k = tl.zeros([BP, DP], tl.float32)
+    grad_v = tl.zeros([BP, DP], tl.float32)
+    first = tl.load(reader_starts + flat) + tl.load(segment_firsts + segment)
+    last = tl.minimum(first + SEGMENT, tl.load(reader_starts + flat + 1))
+    head = row % P
+    for i in tl.range(first, last, Q, num_stages=STAGES):
+        reader = i + row // P
+        inside = (reader < last) & (head < R)
+        s = tl.load(readers + reader, mask=inside, other=0)
+        from_row = s.to(tl.int64) * heads + g * R + head
+        both = inside_of(inside, feature, D, DP)
+        q_at = s.to(tl.int64)[:, None] * stride_qs + (g * R + head)[:, None] * stride_qh + feature[None, :]
+        q = tl.load(query + q_at, mask=both, other=0.0)
+        normaliser = tl.load(lse + from_row, mask=inside, other=0.0) * 1.4426950408889634
+        normaliser = tl.where(normaliser == float("-inf"), 0.0, normaliser)
+        allowed = inside[None, :] & (n[:, None] <= (s + shift)[None, :]) & present[:, None]
+        weight = tl.where(allowed, tl.exp2(dot(k, tl.trans(q)) * scale - normaliser[None, :]), 0.0)
+        slope = tl.load(grad + from_row[:, None] * D + feature[None, :], mask=both, other=0.0)
+        grad_v += dot(weight.to(slope.dtype), slope)
+        offset = tl.load(delta + from_row, mask=inside, other=0.0)
+        change = weight * (dot(v, tl.trans(slope)) - offset[None, :])
+        grad_k += dot(change.to(q.dtype), q)
+    to = partial + segment * (2 * BP * DP) + token[:, None] * DP + feature[None, :]
+    tl.store(to, grad_k)
+    tl.store(to + BP * DP, grad_v)
 
 
 @triton.jit
@@ -246,7 +255,7 @@ def _sum_segments_kernel(
         grad_v += tl.load(at + BP * DP)
         at += 2 * BP * DP
     to = ((k_start + n).to(tl.int64) * groups + g)[:, None] * D + feature[None, :]
-    there = ((token < BLOCK) & (n < k_length))[:, None] & (feature < D)[None, :]
+    there = inside_of((token < BLOCK) & (n < k_length), feature, D, DP)
     tl.store(grad_key + to, (grad_k * scaling).to(grad_key.dtype.element_ty), mask=there)
     tl.store(grad_value + to, grad_v.to(grad_value.dtype.element_ty), mask=there)
 
@@ -262,10 +271,17 @@ def _shapes(query, key, block_size):
     queries, padded = tile(group)
     padded = max(padded, 16 // queries)  # tensor cores want 16 rows
     width = query.shape[2]
-    return group, queries, padded, (block_size, power_of_two(max(block_size, 16)), group, width, power_of_two(max(width, 16)))
+    return (
+        group,
+        queries,
+        padded,
+        (block_size, power_of_two(max(block_size, 16)), group, width, power_of_two(max(width, 16))),
+    )
 
 
-def sparse_attention(query, key, value, blocks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size, scaling):
+def sparse_attention(
+    query, key, value, blocks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size, scaling
+):
     """See `ops.sparse_attention`. Two launches."""
     _check_blocks(max_seqlen_k, block_size)
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -278,7 +294,7 @@ def sparse_attention(query, key, value, blocks, cu_seqlens_q, cu_seqlens_k, max_
     _forward_kernel[grid](
         query, key, value, output, lse, union, counts, cu_seqlens_q, cu_seqlens_k, *query.stride()[:2], *key.stride()[:2],
         *value.stride()[:2], counts.shape[1], union.shape[2], query.shape[1], scaling * LOG2E, *shapes, queries, padded,
-        _stages(query, 2), num_warps=4,
+        _stages(query, 2), num_warps=attention_warps(query),
     )  # fmt: skip
     return output, lse
 
@@ -304,7 +320,12 @@ def _readers(blocks, cu_seqlens_q, cu_seqlens_k, tokens, block_size):
     device = blocks.device
     each = tokens // block_size + rows
     bases = cu_seqlens_k[:-1] // block_size + torch.arange(rows, dtype=torch.int32, device=device)
-    row = torch.searchsorted(cu_seqlens_q, torch.arange(queries, dtype=torch.int32, device=device), right=True, out_int32=True) - 1
+    row = (
+        torch.searchsorted(
+            cu_seqlens_q, torch.arange(queries, dtype=torch.int32, device=device), right=True, out_int32=True
+        )
+        - 1
+    )
     limit = -(cu_seqlens_k.diff() // -block_size)
     real = (blocks >= 0) & (blocks < limit[row][:, None])
     real[..., 1:] &= blocks[..., 1:] != blocks[..., :-1]
@@ -312,13 +333,29 @@ def _readers(blocks, cu_seqlens_q, cu_seqlens_k, tokens, block_size):
     number = torch.where(real, blocks + bases[row][:, None] + offset, groups * each)
     number, order = number.flatten().sort(stable=True)
     readers = (order // selected % queries).int()
-    starts = torch.searchsorted(number, torch.arange(groups * each + 1, dtype=torch.int32, device=device), out_int32=True)
-    block_rows = torch.searchsorted(bases, torch.arange(each, dtype=torch.int32, device=device), right=True, out_int32=True) - 1
+    starts = torch.searchsorted(
+        number, torch.arange(groups * each + 1, dtype=torch.int32, device=device), out_int32=True
+    )
+    block_rows = (
+        torch.searchsorted(bases, torch.arange(each, dtype=torch.int32, device=device), right=True, out_int32=True) - 1
+    )
     return readers, starts, block_rows
 
 
 def sparse_attention_backward(
-    grad, query, key, value, output, lse, blocks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size, scaling
+    grad,
+    query,
+    key,
+    value,
+    output,
+    lse,
+    blocks,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    block_size,
+    scaling,
 ):
     """See `ops.sparse_attention_backward`."""
     _check_blocks(max_seqlen_k, block_size)
@@ -335,7 +372,7 @@ def sparse_attention_backward(
     _backward_query_kernel[grid](
         grad, query, key, value, output, lse, delta, grad_query, union, counts, cu_seqlens_q, cu_seqlens_k, *strides,
         counts.shape[1], union.shape[2], heads, scaling, scaling * LOG2E, *shapes, queries, padded, _stages(query, 2),
-        num_warps=4,
+        num_warps=attention_warps(query),
     )  # fmt: skip
     del union
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
+import torch
 import triton
 import triton.language as tl
 
@@ -24,9 +26,36 @@ def dot(a, b):
 
 
 @triton.jit
+def inside_of(rows, feature, D: tl.constexpr, DP: tl.constexpr):
+    """Mask of `[rows, DP]`, without the features where there are no padded ones: it costs registers."""
+    if D == DP:
+        return rows[:, None]
+    else:
+        return rows[:, None] & (feature < D)[None, :]
+
+
+@triton.jit
 def count_windows(tokens, SIZE: tl.constexpr, STRIDE: tl.constexpr):
     """Complete windows of that many tokens; of position + 1 tokens: the windows its query sees."""
     return tl.where(tokens >= SIZE, (tokens - SIZE) // STRIDE + 1, 0)
+
+
+# Compute capability (major) to choose launches for; None asks the device. `scripts/aot.py` sets it for GPUs not here.
+CAPABILITY: int | None = None
+
+
+@functools.cache
+def _capability(index: int | None) -> int:
+    return 8 if torch.version.hip else torch.cuda.get_device_capability(index)[0]
+
+
+def attention_warps(tensor: torch.Tensor) -> int:
+    """Warps of a 64-row tile: a warpgroup instruction takes four; older tensor cores need eight to hold the accumulators."""
+    if CAPABILITY is None:
+        major = _capability(tensor.device.index) if tensor.is_cuda else 8
+    else:
+        major = CAPABILITY
+    return 4 if major in (9, 10, 11) else 8
 
 
 def power_of_two(number: int) -> int:

@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_common import LOG2E, dot, power_of_two
-from .triton_selection import PROGRAMS, choose, warps
+from .triton_common import LOG2E, dot, inside_of, power_of_two
+from .triton_selection import PROGRAMS, choose
 
 
 @triton.jit
@@ -63,8 +63,7 @@ def _decode_kernel(
     if STARTS:
         start = tl.load(starts + b)
     head, feature, token = tl.arange(0, P), tl.arange(0, DP), tl.arange(0, BP)
-    real = feature < D
-    both = (head < R)[:, None] & real[None, :]
+    both = inside_of(head < R, feature, D, DP)
     at = query + b.to(tl.int64) * stride_qb + s * stride_qs + (g * R + head)[:, None] * stride_qh + feature[None, :]
     q = tl.load(at, mask=both, other=0.0)
     key += g * stride_kg
@@ -88,7 +87,7 @@ def _decode_kernel(
             block = tl.sum(tl.where(place == i, listed, 0), 0)
         n = block * BLOCK + token
         allowed = (token < BLOCK) & (n < limit)
-        there = allowed[:, None] & real[None, :]
+        there = inside_of(allowed, feature, D, DP)
         k_at = _slots(n, b, start, page_table, pages, stride_kb, stride_kn, PAGE, PAGED, allowed)
         v_at = _slots(n, b, start, page_table, pages, stride_vb, stride_vn, PAGE, PAGED, allowed)
         k = tl.load(key + k_at[:, None] + feature[None, :], mask=there, other=0.0)
@@ -99,7 +98,7 @@ def _decode_kernel(
             draft = tl.arange(0, SP)
             n = length - S + draft
             allowed = (draft < S) & (((tl.load(tree_mask + b * S + s) >> draft) & 1) == 1) & (n >= 0)
-            there = allowed[:, None] & real[None, :]
+            there = inside_of(allowed, feature, D, DP)
             k_at = _slots(n, b, start, page_table, pages, stride_kb, stride_kn, PAGE, PAGED, allowed)
             v_at = _slots(n, b, start, page_table, pages, stride_vb, stride_vn, PAGE, PAGED, allowed)
             k = tl.load(key + k_at[:, None] + feature[None, :], mask=there, other=0.0)
@@ -135,7 +134,21 @@ def _combine_kernel(
 
 
 def sparse_attention_decode(
-    query, key, value, blocks, scores, lengths, positions, starts, page_table, tree_mask, num_selected, init_blocks, window_blocks, block_size, scaling
+    query,
+    key,
+    value,
+    blocks,
+    scores,
+    lengths,
+    positions,
+    starts,
+    page_table,
+    tree_mask,
+    num_selected,
+    init_blocks,
+    window_blocks,
+    block_size,
+    scaling,
 ):
     """See `ops.sparse_attention_decode`. Two launches, or one where the rows alone fill the device."""
     batch, queries, heads, width = query.shape
@@ -150,7 +163,11 @@ def sparse_attention_decode(
     wanted = power_of_two(triton.cdiv(PROGRAMS, batch * groups * queries))
     splits = max(min(wanted, power_of_two(max(listed if scores is None else min(num_selected, columns), 1))), 1)
     rows = batch * queries
-    partial = output if splits == 1 else query.new_empty((groups, rows, splits, padded * (features + 1)), dtype=torch.float32)
+    partial = (
+        output
+        if splits == 1
+        else query.new_empty((groups, rows, splits, padded * (features + 1)), dtype=torch.float32)
+    )
     vector = power_of_two(max(columns, listed))
     _decode_kernel[splits, queries, batch * groups](
         query, key, value, lengths if blocks is None else blocks, query if scores is None else scores, lengths,
@@ -161,8 +178,10 @@ def sparse_attention_decode(
         power_of_two(columns), power_of_two(max(listed, 1)), scores is not None, positions is not None, starts is not None,
         page_table is not None, page, tree_mask is not None, max(power_of_two(queries), 16), block_size,
         power_of_two(max(block_size, 16)), groups, group, padded, width, features, splits,
-        num_warps=max(4, min(warps(vector), 8)), num_stages=2,
+        num_warps=8 if vector > 512 else 4, num_stages=2,
     )  # fmt: skip
     if splits > 1:
-        _combine_kernel[rows, groups, group](partial, output, rows, groups, group, padded, width, features, splits, num_warps=4)
+        _combine_kernel[rows, groups, group](
+            partial, output, rows, groups, group, padded, width, features, splits, num_warps=4
+        )
     return output

@@ -60,7 +60,17 @@ def _compress_kernel(
     first = count_windows(before, SIZE, STRIDE) + part * COUNT * RATIO
     last = count_windows(length, SIZE, STRIDE)
     _write_means(
-        source, fine + b * stride_fb + g * stride_fg, stride_kn, stride_fk, first, last, SIZE, STRIDE, D, DP, COUNT * RATIO
+        source,
+        fine + b * stride_fb + g * stride_fg,
+        stride_kn,
+        stride_fk,
+        first,
+        last,
+        SIZE,
+        STRIDE,
+        D,
+        DP,
+        COUNT * RATIO,
     )
     first = count_windows(before, SIZE * RATIO, STRIDE * RATIO) + part * COUNT
     last = count_windows(length, SIZE * RATIO, STRIDE * RATIO)
@@ -86,7 +96,20 @@ def compress_keys(key, cu_seqlens, max_seqlen, size, stride, ratio):
     rows = cu_seqlens.shape[0] - 1
     strides = (0, key.stride(1), key.stride(0), 0, width, groups * width, 0, width, groups * width)
     _compress(
-        key, fine, coarse, cu_seqlens, cu_seqlens, cu_seqlens, max_seqlen, strides, rows, groups, size, stride, ratio, True
+        key,
+        fine,
+        coarse,
+        cu_seqlens,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        strides,
+        rows,
+        groups,
+        size,
+        stride,
+        ratio,
+        True,
     )
     return fine, coarse
 
@@ -95,7 +118,20 @@ def update_compressed_keys(key, fine, coarse, starts, done, lengths, max_new, si
     """See `ops.update_compressed_keys`."""
     strides = (*key.stride()[:3], *fine.stride()[:3], *coarse.stride()[:3])
     _compress(
-        key, fine, coarse, starts, done, lengths, max_new, strides, key.shape[0], key.shape[1], size, stride, ratio, False
+        key,
+        fine,
+        coarse,
+        starts,
+        done,
+        lengths,
+        max_new,
+        strides,
+        key.shape[0],
+        key.shape[1],
+        size,
+        stride,
+        ratio,
+        False,
     )
 
 
@@ -132,25 +168,30 @@ def _normaliser(
 
 
 @triton.jit
-def _pooled(
-    columns, lse, fine, stride_k, seen, first, end, scale, D: tl.constexpr, DP: tl.constexpr, BLOCKS: tl.constexpr,
-    Q: tl.constexpr, P: tl.constexpr, STEP: tl.constexpr, BEFORE: tl.constexpr,
+def _pool(
+    columns, lse, fine, stride_k, seen, windows, begin, end, to, real, scale, D: tl.constexpr, DP: tl.constexpr,
+    BLOCKS: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, STEP: tl.constexpr, BEFORE: tl.constexpr,
 ):  # fmt: skip
     """
-    Scores `[BLOCKS, Q]` of blocks `first ...`: the largest, over the fine keys that overlap a block, of the sum over heads.
-    A block overlaps the `STEP` windows that start in it and the `BEFORE` windows that reach into it.
+    Scores of blocks `begin ... end - 1`, to rows of memory `to` (`[Q]`): the largest, over the fine keys that overlap a
+    block, of the sum over heads. A block overlaps the `STEP` windows that start in it and the `BEFORE` that reach into it;
+    one loop over both keeps one tile of keys in flight, not one for each window.
     """
     feature = tl.arange(0, DP)
     best = tl.zeros([BLOCKS, Q], tl.float32)
-    for j in tl.static_range(STEP + BEFORE):
-        k = (first + tl.arange(0, BLOCKS)) * STEP + (j - BEFORE)
-        inside = (k >= 0) & (k < end)
+    for i in range(0, tl.cdiv(end - begin, BLOCKS) * (STEP + BEFORE)):
+        j = i % (STEP + BEFORE)
+        block = begin + i // (STEP + BEFORE) * BLOCKS + tl.arange(0, BLOCKS)
+        k = block * STEP + (j - BEFORE)
+        inside = (k >= 0) & (k < windows)
         at = fine + k.to(tl.int64)[:, None] * stride_k + feature[None, :]
         keys = tl.load(at, mask=inside[:, None] & (feature < D)[None, :], other=0.0)
         weight = tl.exp2(dot(keys, columns) * scale - lse[None, :])
         weight = tl.where(inside[:, None] & (k[:, None] < seen[None, :]), weight, 0.0)
-        best = tl.maximum(best, tl.sum(tl.reshape(weight, [BLOCKS, Q, P]), 2))
-    return best
+        total = tl.sum(tl.reshape(weight, [BLOCKS, Q, P]), 2)
+        best = tl.where(j == 0, total, tl.maximum(best, total))
+        complete = (block < end) & (block * 0 + j == STEP + BEFORE - 1)
+        tl.store(to[None, :] + block[:, None], best, mask=complete[:, None] & real[None, :])
 
 
 @triton.jit
@@ -165,34 +206,42 @@ def _scores_kernel(
     b, g = tl.program_id(1), tl.program_id(2).to(tl.int64)
     q_start, k_start = tl.load(cu_seqlens_q + b), tl.load(cu_seqlens_k + b)
     q_length, k_length = tl.load(cu_seqlens_q + b + 1) - q_start, tl.load(cu_seqlens_k + b + 1) - k_start
-    if part * Q < q_length:
-        column = tl.arange(0, Q * P)
-        index, head = part * Q + column // P, column % P
-        inside = (index < q_length) & (head < R)
-        position = k_length - q_length + index
-        sees_coarse = count_windows(position + 1, SIZE * RATIO, STRIDE * RATIO)
-        sees_fine = tl.where(inside & (sees_coarse > 0), count_windows(position + 1, SIZE, STRIDE), 0)
-        columns = _columns(query + g * R * stride_qh, stride_qs, stride_qh, q_start + index, head, inside, D, DP)
-        last = k_length - q_length + tl.minimum(part * Q + Q, q_length) - 1
-        coarse += (k_start // (STRIDE * RATIO)).to(tl.int64) * stride_ck + g * stride_cg
-        end = count_windows(last + 1, SIZE * RATIO, STRIDE * RATIO)
-        peak, mass = _normaliser(columns, coarse, stride_ck, sees_coarse, 0, end, scale, D, DP, KEYS, Q * P)
-        lse = tl.where(mass > 0, peak + tl.log2(tl.where(mass > 0, mass, 1.0)), 0.0)
-        fine += (k_start // STRIDE).to(tl.int64) * stride_fk + g * stride_fg
-        end = count_windows(last + 1, SIZE, STRIDE)
-        row = part * Q + tl.arange(0, Q)
-        for first in range(0, last // BLOCK + 1, BLOCKS):
-            best = _pooled(
-                columns, lse, fine, stride_fk, sees_fine, first, end, scale, D, DP, BLOCKS, Q, P, BLOCK // STRIDE,
-                (SIZE - 1) // STRIDE,
-            )  # fmt: skip
-            block = first + tl.arange(0, BLOCKS)
-            to = scores + (g * num_queries + q_start + row).to(tl.int64)[None, :] * num_blocks + block[:, None]
-            tl.store(to, best, mask=(block < num_blocks)[:, None] & (row < q_length)[None, :])
+    if part * Q >= q_length:
+        return
+    column = tl.arange(0, Q * P)
+    index, head = part * Q + column // P, column % P
+    inside = (index < q_length) & (head < R)
+    position = k_length - q_length + index
+    sees_coarse = count_windows(position + 1, SIZE * RATIO, STRIDE * RATIO)
+    sees_fine = tl.where(inside & (sees_coarse > 0), count_windows(position + 1, SIZE, STRIDE), 0)
+    columns = _columns(query + g * R * stride_qh, stride_qs, stride_qh, q_start + index, head, inside, D, DP)
+    last = k_length - q_length + tl.minimum(part * Q + Q, q_length) - 1
+    coarse += (k_start // (STRIDE * RATIO)).to(tl.int64) * stride_ck + g * stride_cg
+    end = count_windows(last + 1, SIZE * RATIO, STRIDE * RATIO)
+    peak, mass = _normaliser(columns, coarse, stride_ck, sees_coarse, 0, end, scale, D, DP, KEYS, Q * P)
+    lse = tl.where(mass > 0, peak + tl.log2(tl.where(mass > 0, mass, 1.0)), 0.0)
+    fine += (k_start // STRIDE).to(tl.int64) * stride_fk + g * stride_fg
+    row = part * Q + tl.arange(0, Q)
+    to = scores + (g * num_queries + q_start + row).to(tl.int64) * num_blocks
+    _pool(
+        columns, lse, fine, stride_fk, sees_fine, count_windows(last + 1, SIZE, STRIDE), 0, last // BLOCK + 1, to,
+        row < q_length, scale, D, DP, BLOCKS, Q, P, BLOCK // STRIDE, (SIZE - 1) // STRIDE,
+    )  # fmt: skip
 
 
 def block_scores(
-    query, fine, coarse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size, size, stride, ratio, scaling
+    query,
+    fine,
+    coarse,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    block_size,
+    size,
+    stride,
+    ratio,
+    scaling,
 ):
     """See `ops.block_scores`."""
     queries, heads, width = query.shape
@@ -211,7 +260,9 @@ def block_scores(
 
 
 @triton.jit
-def _decode_tile(lengths, positions, b, part, S, R: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, POSITIONS: tl.constexpr):
+def _decode_tile(
+    lengths, positions, b, part, S, R: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, POSITIONS: tl.constexpr
+):
     """A tile's queries: index, head, whether real, position, and its row's length."""
     column = tl.arange(0, Q * P)
     index, head = part * Q + column // P, column % P
@@ -272,16 +323,13 @@ def _decode_scores_kernel(
     seen = tl.where(inside & (mass > 0), count_windows(position + 1, SIZE, STRIDE), 0)
     columns = _columns(query + b * stride_qb + g * R * stride_qh, stride_qs, stride_qh, index, head, inside, D, DP)
     fine += b * stride_fb + g * stride_fg
-    end = count_windows(length, SIZE, STRIDE)
     row = part * Q + tl.arange(0, Q)
-    for first in range(split * share, tl.minimum(split * share + share, num_blocks), BLOCKS):
-        best = _pooled(
-            columns, lse, fine, stride_fk, seen, first, end, scale, D, DP, BLOCKS, Q, P, BLOCK // STRIDE,
-            (SIZE - 1) // STRIDE,
-        )  # fmt: skip
-        block = first + tl.arange(0, BLOCKS)
-        to = scores + (g * num_rows + b * S + row).to(tl.int64)[None, :] * num_blocks + block[:, None]
-        tl.store(to, best, mask=(block < num_blocks)[:, None] & (row < S)[None, :])
+    to = scores + (g * num_rows + b * S + row).to(tl.int64) * num_blocks
+    _pool(
+        columns, lse, fine, stride_fk, seen, count_windows(length, SIZE, STRIDE), split * share,
+        tl.minimum(split * share + share, num_blocks), to, row < S, scale, D, DP, BLOCKS, Q, P, BLOCK // STRIDE,
+        (SIZE - 1) // STRIDE,
+    )  # fmt: skip
 
 
 def block_scores_decode(query, fine, coarse, lengths, positions, max_length, block_size, size, stride, ratio, scaling):

@@ -1,0 +1,167 @@
+"""
+Compile every Triton kernel ahead of time for GPUs that are not here, and tell what each needs.
+
+    python hub_kernels/infllm_v2/scripts/aot.py                       # all targets, a Markdown table
+    python hub_kernels/infllm_v2/scripts/aot.py --targets 90 --only forward
+
+Compiling is not correctness: it shows that a kernel fits a GPU's registers and shared memory. The launches are those of
+the operators themselves at the released shapes (bfloat16, 32 query and 2 key/value heads, head size 128, 96 blocks of 64),
+recorded instead of run; nothing here is written down a second time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from load import load  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+
+TARGETS = (80, 87, 89, 90, 100, 110, 120)
+# Shared memory one block may use, in bytes (CUDA programming guide, technical specifications per compute capability).
+SHARED_LIMIT = {80: 166_912, 87: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 110: 232_448, 120: 101_376}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+def record(dtype: torch.dtype, target: int) -> list[tuple]:
+    """Every kernel once, with the arguments it is launched with: (name, function, arguments, options)."""
+    triton_kernels = load("cuda").ops._triton()
+    sys.modules[triton_kernels.__name__.replace("kernels", "common")].CAPABILITY = target // 10
+    launches = {}
+
+    def run(self, *args, grid, warmup=False, **options):
+        launches.setdefault(self.fn.__name__, (self, args, options))
+
+    original, triton.JITFunction.run = triton.JITFunction.run, run
+    try:
+        heads, groups, size, queries, keys = 32, 2, 128, 256, 131_072
+        query, key = torch.empty(queries, heads, size, dtype=dtype), torch.empty(keys, groups, size, dtype=dtype)
+        rows = (
+            torch.tensor([0, queries], dtype=torch.int32),
+            torch.tensor([0, keys], dtype=torch.int32),
+            queries,
+            keys,
+        )
+        windows, scaling = (32, 16, 4), size**-0.5
+        fine, coarse = triton_kernels.compress_keys(key, rows[1], keys, *windows)
+        triton_kernels.block_scores(query, fine, coarse, *rows, 64, *windows, scaling)
+        scores = torch.empty(groups, queries, keys // 64)
+        triton_kernels.select_blocks(scores, torch.zeros(queries, dtype=torch.int32), 96, 1, 32, 64)
+        blocks = torch.zeros(groups, queries, 96, dtype=torch.int32)
+        lse = torch.empty(queries, heads)
+        triton_kernels.sparse_attention(query, key, key, blocks, *rows, 64, scaling)
+        triton_kernels.sparse_attention_backward(query, query, key, key, query, lse, blocks, *rows, 64, scaling)
+        one, cache = torch.empty(1, 1, heads, size, dtype=dtype), key.transpose(0, 1)[None]
+        lengths = torch.tensor([keys], dtype=torch.int32)
+        compressed = [tensor.transpose(0, 1)[None] for tensor in (fine, coarse)]
+        triton_kernels.block_scores_decode(one, *compressed, lengths, None, keys, 64, *windows, scaling)
+        triton_kernels.sparse_attention_decode(
+            one, cache, cache, None, scores[:, :1], lengths, None, None, None, None, 96, 1, 32, 64, scaling
+        )
+    finally:
+        triton.JITFunction.run = original
+    return [(name.strip("_").removesuffix("_kernel"), *launch) for name, launch in launches.items()]
+
+
+def compile_for(target: int, function, args, options) -> dict:
+    """Registers, spills and shared memory of one kernel on one target."""
+    signature, constants, attributes = {}, {}, {}
+    for index, (parameter, value) in enumerate(zip(function.params, args)):
+        if parameter.is_constexpr or (isinstance(value, int) and not isinstance(value, bool) and value == 1):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = TYPES[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(function, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [tools / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    figures = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return {
+        "registers": figures["REG"],
+        "spilled bytes a thread": figures["STACK"] + figures["LOCAL"],
+        "shared bytes": compiled.metadata.shared,
+        "warps": compiled.metadata.num_warps,
+    }
+
+
+def _task(task: tuple[int, str, str]) -> dict:
+    target, name, dtype = task
+    for kernel, function, args, options in record(getattr(torch, dtype), target):
+        if kernel == name:
+            return {"kernel": name, "target": f"sm_{target}", **compile_for(target, function, args, options)}
+    raise ValueError(f"no kernel {name!r}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--targets", type=int, nargs="+", default=TARGETS, choices=TARGETS, help="compute capabilities (all)"
+    )
+    parser.add_argument("--only", nargs="+", metavar="KERNEL", help="these kernels alone, by name as in the table")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 4), help="processes")
+    parser.add_argument("--json", metavar="FILE", help="write the table there as JSON")
+    args = parser.parse_args()
+    names = [name for name, *_ in record(getattr(torch, args.dtype), TARGETS[0])]
+    unknown = sorted(set(args.only or ()) - set(names))
+    if unknown:
+        parser.error(f"no kernel {', '.join(unknown)}; there are {', '.join(names)}")
+    tasks = [(target, name, args.dtype) for name in args.only or names for target in args.targets]
+    rows = []
+    print("| kernel | target | warps | registers | spilled bytes a thread | shared bytes |\n" + "| --- " * 6 + "|")
+    with ProcessPoolExecutor(args.jobs) as pool:
+        for row in pool.map(_task, tasks):
+            rows.append(row)
+            print(
+                f"| {row['kernel']} | {row['target']} | {row['warps']} | {row['registers']} | "
+                f"{row['spilled bytes a thread']} | {row['shared bytes']:,} |",
+                flush=True,
+            )
+    if args.json:
+        partial = Path(args.json + ".partial")
+        partial.write_text(
+            json.dumps({"triton": triton.__version__, "dtype": args.dtype, "rows": rows}, indent=1) + "\n"
+        )
+        partial.replace(args.json)
+    bad = [row for row in rows if row["shared bytes"] > SHARED_LIMIT[int(row["target"][3:])]]
+    bad += [row for row in rows if row["spilled bytes a thread"] and int(row["target"][3:]) <= 90]
+    for row in bad:
+        print(f"does not fit: {row['kernel']} on {row['target']}", file=sys.stderr)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
