@@ -16,20 +16,29 @@ export TOKENIZERS_PARALLELISM ?= false
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test assets lint format notebooks clean
+.PHONY: help demo test assets kernels kernels-aot lint format notebooks clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
 
 demo: assets  ## answer from a long real document, dense beside sparse (ARGS="--plot blocks.png")
 	$(VENV)/bin/minicpm4 demo $(ARGS)
 
 test: assets  ## the whole suite (ARGS="tests/model -k cache")
 	$(VENV)/bin/python -m pytest $(ARGS)
+ifeq ($(strip $(ARGS)),)
+	$(VENV)/bin/python -m pytest hub_kernels/infllm_v2/tests
+endif
 
 assets: $(VENV)/.installed  ## fetch and convert the SmolLM2-135M-Instruct weights, once
 	@echo "make: looking for the weights (a few seconds)"
 	@$(VENV)/bin/python -m transformers_minicpm4.cli.assets
+
+kernels: $(VENV)/.installed  ## assemble hub_kernels/infllm_v2/build, what LOCAL_KERNELS points to and the Hub gets
+	@$(VENV)/bin/python hub_kernels/infllm_v2/scripts/build.py
+
+kernels-aot: $(VENV)/.installed  ## compile the Triton kernels for GPUs that are not here (minutes; ARGS="--targets sm_90")
+	$(VENV)/bin/python hub_kernels/infllm_v2/scripts/aot.py $(ARGS)
 
 lint: $(VENV)/.installed  ## ruff: rules and format
 	$(VENV)/bin/ruff check .
@@ -44,8 +53,8 @@ notebooks: assets  ## render notebooks/*.py to .ipynb and run them
 	$(VENV)/bin/jupyter execute --inplace notebooks/*.ipynb
 
 clean:  ## remove builds and tool caches; .venv and the weights stay
-	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache
-	find src tests examples notebooks benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	rm -rf build dist hub_kernels/*/build src/*.egg-info .pytest_cache .ruff_cache
+	find src tests examples notebooks benchmarks hub_kernels -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 # The stamp comes last, and .installing stands in .venv while an install is under way: where it is found, the last
 # install was cut off at an unknown place, and .venv is emptied rather than trusted (pip still has the downloads).

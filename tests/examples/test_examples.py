@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -36,6 +37,24 @@ def test_long_document(real_checkpoint, monkeypatch, capsys):
     assert int(total) > 36
     # The chapter says: "... are used to create anonymous functions".
     assert out.count("anonymous functions") == 2, out
+
+
+def test_kernel(tmp_path, monkeypatch, capsys):
+    folder = EXAMPLES.parent / "hub_kernels" / "infllm_v2"
+    command = [sys.executable, folder / "scripts" / "build.py", "--target", tmp_path / "build"]
+    subprocess.run(command, check=True, capture_output=True)
+    monkeypatch.setenv("LOCAL_KERNELS", f"local/infllm-v2={tmp_path}")
+    monkeypatch.delenv("INFLLM_V2_KERNEL", raising=False)
+    with pytest.raises(SystemExit, match="INFLLM_V2_KERNEL names no kernel"):
+        runpy.run_path(str(EXAMPLES / "kernel.py"), run_name="__main__")
+    monkeypatch.setenv("INFLLM_V2_KERNEL", "local/infllm-v2")
+    runpy.run_path(str(EXAMPLES / "kernel.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    differences = re.findall(r"kernel [\d.]+ ms, blockwise [\d.]+ ms; largest difference (\S+)", out)
+    assert len(differences) == 2
+    assert all(0 < float(difference) < 1e-5 for difference in differences)
+    assert "the same tokens? True" in out
+    assert "the kernel that answered: local/infllm-v2, build _infllm_v2_" in out
 
 
 class TestSftLora:

@@ -1,16 +1,30 @@
-"""The door: rows of a batch, where dense ends, tensors of use_nope and of the cache, bad input."""
+"""The door: rows of a batch, where dense ends, tensors of use_nope and of the cache, bad input, who answers."""
+
+import builtins
+import logging
+import re
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from test_reference import tensors
+from transformers.utils.logging import warning_once
 
 from tolerances import assert_close
-from transformers_minicpm4.infllm_v2 import InfLLMv2Config, infllm_v2_attention
+from transformers_minicpm4 import MiniCPM4Config
+from transformers_minicpm4.infllm_v2 import InfLLMv2Config, infllm_v2_attention, kernel
 from transformers_minicpm4.infllm_v2.reference import compress_keys
 
 
 IMPLEMENTATIONS = ["reference", "blockwise"]
 CONFIG = InfLLMv2Config(kernel_size=8, kernel_stride=4, block_size=8, window_size=16, topk=3, dense_len=-1)
+
+
+@pytest.fixture(autouse=True)
+def nobody_named_a_kernel(monkeypatch):
+    for name in ("INFLLM_V2_KERNEL", "INFLLM_V2_IMPLEMENTATION", "LOCAL_KERNELS"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -187,3 +201,278 @@ def refusals():
 def test_bad_input_is_refused_in_one_sentence(args, kwargs, error, words):
     with pytest.raises(error, match=words):
         infllm_v2_attention(*args, **kwargs)
+
+
+def changed(**fields):
+    return InfLLMv2Config(**{**CONFIG.to_dict(), **fields})
+
+
+def floats(*args, **kwargs):
+    return tuple(tensor.float() for tensor in tensors(*args, **kwargs))
+
+
+@pytest.fixture
+def said(caplog, monkeypatch):
+    """Warnings so far, as a list; what was said before the test is forgotten."""
+    warning_once.cache_clear()
+    for name in ("transformers_minicpm4", "transformers"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    yield lambda: [record.message for record in caplog.records if "InfLLM v2 runs" in record.message]
+    warning_once.cache_clear()
+
+
+@pytest.fixture
+def fake_hub(monkeypatch):
+    """
+    A `kernels` library whose kernels answer 7 everywhere, but for `org/none` and `org/bad`, which fail to load; its
+    `requests` are what was asked of it, its `calls` what the kernels were given.
+    """
+    fake = ModuleType("kernels")
+    fake.requests, fake.calls = [], []
+
+    def attend(query, key, value, **options):
+        fake.calls.append(options)
+        return torch.full_like(query, 7)
+
+    def get(name, **options):
+        fake.requests.append((str(name), options))
+        if name in ("org/none", "org/bad"):
+            return ModuleType("no_attention_in_it") if name == "org/none" else 1 / 0
+        return SimpleNamespace(infllm_v2_attention=attend)
+
+    fake.get_kernel = fake.get_local_kernel = get
+    monkeypatch.setitem(sys.modules, "kernels", fake)
+    kernel.load.__wrapped__.cache_clear()
+    yield fake
+    kernel.load.__wrapped__.cache_clear()
+
+
+class TestWhoAnswers:
+    """Argument before environment before config; a fake kernel answers 7."""
+
+    @pytest.fixture
+    def answer(self, fake_hub):
+        query, key, value = floats(4, 2, 10, 60)
+
+        def who(config=CONFIG, implementation="auto"):
+            output = infllm_v2_attention(query, key, value, config, implementation=implementation)
+            if (output == 7).all():
+                return "kernel"
+            for name in ("reference", "blockwise"):
+                if torch.equal(output, infllm_v2_attention(query, key, value, CONFIG, implementation=name)):
+                    return name
+            return None
+
+        return who
+
+    @pytest.mark.parametrize("argument", ["auto", "kernel", "blockwise", "reference"])
+    @pytest.mark.parametrize("environment", [None, "", "auto", "kernel", "blockwise", "reference"])
+    @pytest.mark.parametrize("config", ["auto", "kernel", "blockwise", "reference"])
+    def test_precedence(self, answer, monkeypatch, argument, environment, config):
+        monkeypatch.setenv("INFLLM_V2_KERNEL", "org/good")
+        if environment is not None:
+            monkeypatch.setenv("INFLLM_V2_IMPLEMENTATION", environment)
+        wanted = argument if argument != "auto" else environment or config
+        assert answer(changed(implementation=config), argument) == wanted.replace("auto", "kernel")
+
+    def test_no_kernel_named_is_blockwise_without_a_word(self, answer, fake_hub, said):
+        assert answer() == "blockwise"
+        assert said() == []
+        assert fake_hub.requests == []
+
+    def test_the_environment_names_before_the_config(self, answer, fake_hub, monkeypatch):
+        monkeypatch.setenv("INFLLM_V2_KERNEL", "org/good@v3")
+        assert answer(changed(kernel="org/other")) == "kernel"
+        assert [name for name, _ in fake_hub.requests] == ["org/good"]
+        monkeypatch.setenv("INFLLM_V2_KERNEL", "")
+        assert answer(changed(kernel="org/other")) == "kernel"
+        assert [name for name, _ in fake_hub.requests] == ["org/good", "org/other"]
+
+    def test_it_gets_the_rule_and_all_rows_at_once(self, fake_hub, monkeypatch):
+        monkeypatch.setenv("INFLLM_V2_KERNEL", "org/good")
+        mask = torch.ones(2, 60)
+        mask[1, :20] = 0
+        infllm_v2_attention(*floats(4, 2, 10, 60, batch=2), CONFIG, attention_mask=mask, scaling=0.5)
+        (options,) = fake_hub.calls
+        assert {name: options[name] for name in kernel.RULE} == {n: getattr(CONFIG, n) for n in kernel.RULE}
+        assert (options["starts"], options["longest"], options["scaling"]) == ([0, 20], 60, 0.5)
+        assert options["compressed_keys"] is None
+        assert options["return_blocks"] is False
+
+    def test_unknown_name_in_the_environment(self, answer, monkeypatch):
+        monkeypatch.setenv("INFLLM_V2_IMPLEMENTATION", "cuda")
+        with pytest.raises(ValueError, match="'auto', got 'cuda'.*INFLLM_V2_IMPLEMENTATION"):
+            answer()
+
+
+class TestLoading:
+    @pytest.mark.parametrize(
+        "name, which",
+        [
+            ("org/good", {"version": 1}),
+            ("org/good@v2", {"version": 2}),
+            ("org/good@main", {"revision": "main"}),
+            ("org/good@refs/pr/3", {"revision": "refs/pr/3"}),
+        ],
+    )
+    def test_names_of_repositories_and_trust(self, fake_hub, name, which):
+        """The user's word in the environment is consent to this one repository; a config's is not."""
+        for by_user, trust in ((True, ["org/good"]), (False, False)):
+            attend, reason = kernel.load(name, by_user=by_user)
+            assert reason is None
+            options = {"backend": "cpu", "trust_remote_code": trust, **which}
+            assert fake_hub.requests[-1] == ("org/good", options)
+            assert attend(*floats(4, 2, 1, 9)).max() == 7
+
+    def test_a_folder_only_by_the_user(self, fake_hub, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "org" / "good").mkdir(parents=True)
+        kernel.load("org/good", by_user=True)
+        assert fake_hub.requests[-1] == (str((tmp_path / "org" / "good").resolve()), {"backend": "cpu"})
+        kernel.load("org/good", by_user=False)
+        assert fake_hub.requests[-1][0] == "org/good"
+
+    def test_once_a_process_and_failures_too(self, fake_hub, said, monkeypatch):
+        inputs = floats(4, 2, 10, 60)
+        for name in ("org/good", "org/bad"):
+            monkeypatch.setenv("INFLLM_V2_KERNEL", name)
+            for _ in range(3):
+                infllm_v2_attention(*inputs, CONFIG)
+        assert [name for name, _ in fake_hub.requests] == ["org/good", "org/bad"]
+        assert len(said()) == 1
+        assert "'org/bad' could not be loaded (ZeroDivisionError: division by zero)" in said()[0]
+
+    @pytest.mark.parametrize(
+        "name, words",
+        [
+            ("somewhere", "no such folder, and not owner/repo or owner/repo@revision"),
+            ("./a/b/c", "no such folder"),
+            ("org/none", "no attribute 'infllm_v2_attention'"),
+        ],
+    )
+    def test_what_is_wrong_is_said(self, fake_hub, monkeypatch, name, words):
+        monkeypatch.setenv("INFLLM_V2_KERNEL", name)
+        with pytest.raises(ValueError, match=f"implementation='kernel' cannot run: the kernel '{name}'.*{words}"):
+            infllm_v2_attention(*floats(4, 2, 10, 60), CONFIG, implementation="kernel")
+
+    def test_a_name_of_the_config_that_fails_says_how_to_trust_it(self, fake_hub, said):
+        infllm_v2_attention(*floats(4, 2, 10, 60), changed(kernel="org/bad"))
+        assert "if you trust it, name it yourself: INFLLM_V2_KERNEL" in said()[0]
+
+    def test_without_the_kernels_package(self, fake_hub, said, monkeypatch):
+        original = builtins.__import__
+
+        def refuse(name, *args, **kwargs):
+            if name == "kernels":
+                raise ModuleNotFoundError("No module named 'kernels'")
+            return original(name, *args, **kwargs)
+
+        monkeypatch.setattr(builtins, "__import__", refuse)
+        monkeypatch.setenv("INFLLM_V2_KERNEL", "org/good")
+        infllm_v2_attention(*floats(4, 2, 10, 60), CONFIG)
+        assert "No module named 'kernels'" in said()[0]
+
+    def test_offline_and_not_in_the_cache(self, said, monkeypatch, tmp_path):
+        """The real library: nothing is downloaded, nothing is raised, one sentence."""
+        kernel.load.__wrapped__.cache_clear()
+        monkeypatch.setenv("KERNELS_CACHE", str(tmp_path))
+        monkeypatch.setenv("INFLLM_V2_KERNEL", "test-org/not-there")
+        for _ in range(2):
+            infllm_v2_attention(*floats(4, 2, 10, 60), CONFIG)
+        assert len(said()) == 1
+        assert "is not available in the local cache" in said()[0]
+        kernel.load.__wrapped__.cache_clear()
+
+
+def tensor_like(device="cpu", dtype=torch.float32, shape=(1, 4, 8, 16)):
+    return SimpleNamespace(device=torch.device(device), dtype=dtype, shape=shape)
+
+
+class TestWhereTheKernelCannotRun:
+    @pytest.mark.parametrize(
+        "query, config, words",
+        [
+            (
+                tensor_like(dtype=torch.float64),
+                CONFIG,
+                "takes float32, bfloat16 or float16, .* are float32, float64",
+            ),
+            (tensor_like(device="mps"), CONFIG, "runs on cuda .NVIDIA and ROCm. and cpu, the tensors are on mps"),
+            (tensor_like(device="xpu"), CONFIG, "the tensors are on xpu"),
+            (tensor_like(shape=(1, 4, 8, 512)), CONFIG, "head sizes up to 256, not 512"),
+            (tensor_like(shape=(1, 128, 8, 16)), CONFIG, "query heads a key/value head up to 32, not 64"),
+            (tensor_like(), changed(block_size=256), "block_size up to 128, not 256"),
+        ],
+    )
+    def test_the_reason(self, query, config, words):
+        key = tensor_like(shape=(1, 2, 8, query.shape[-1]))
+        assert re.search(words, kernel.refusal(query, key, key, config))
+
+    def test_a_gpu_without_triton(self, monkeypatch):
+        tensor = tensor_like(device="cuda")
+        monkeypatch.setattr(kernel, "_has_triton", lambda: True)
+        assert kernel.refusal(tensor, tensor, tensor, CONFIG) is None
+        monkeypatch.setattr(kernel, "_has_triton", lambda: False)
+        assert "needs the triton package" in kernel.refusal(tensor, tensor, tensor, CONFIG)
+
+    def test_auto_falls_back_with_one_warning_and_kernel_is_an_error(self, fake_hub, said, monkeypatch):
+        monkeypatch.setenv("INFLLM_V2_KERNEL", "org/good")
+        inputs = tensors(4, 2, 10, 60)  # float64
+        for _ in range(3):
+            output = infllm_v2_attention(*inputs, CONFIG)
+        assert torch.equal(output, infllm_v2_attention(*inputs, CONFIG, implementation="blockwise"))
+        assert len(said()) == 1
+        assert "the tensors are float64" in said()[0]
+        with pytest.raises(ValueError, match="cannot run: .* are float64; use 'auto' or 'blockwise'"):
+            infllm_v2_attention(*inputs, CONFIG, implementation="kernel")
+
+    def test_gradients_on_a_cpu(self, fake_hub, said, monkeypatch):
+        monkeypatch.setenv("INFLLM_V2_KERNEL", "org/good")
+        query, key, value = floats(4, 2, 10, 60)
+        value.requires_grad_()
+        with torch.no_grad():
+            assert (infllm_v2_attention(query, key, value, CONFIG) == 7).all()
+        assert said() == []
+        assert infllm_v2_attention(query, key, value, CONFIG).requires_grad
+        assert len(said()) == 1
+        assert "backward pass" in said()[0]
+        forced = infllm_v2_attention(query, key, value, CONFIG, implementation="kernel")
+        assert (forced == 7).all()
+
+    @pytest.mark.parametrize("compiled", [True, False])
+    def test_a_cpu_without_a_compiler(self, fake_hub, said, monkeypatch, compiled):
+        """The kernel's plain form is right and slow: nobody gets it without asking for it by name."""
+        package = ModuleType("_infllm_v2_fake")
+        package.is_compiled = lambda tensor: compiled
+        monkeypatch.setitem(sys.modules, "_infllm_v2_fake", package)
+        attend = kernel.load("org/good", by_user=True)[0]
+        monkeypatch.setattr(attend, "__module__", "_infllm_v2_fake.attention")
+        monkeypatch.setenv("INFLLM_V2_KERNEL", "org/good")
+        inputs = floats(4, 2, 10, 60)
+        assert (infllm_v2_attention(*inputs, CONFIG) == 7).all() == compiled
+        assert ["without a C++ compiler" in words for words in said()] == [True] * (not compiled)
+        assert (infllm_v2_attention(*inputs, CONFIG, implementation="kernel") == 7).all()
+
+
+class TestConfigFields:
+    def test_written_only_where_set(self, tmp_path):
+        assert not {"implementation", "kernel"} & set(CONFIG.to_dict())
+        fields = {"implementation": "blockwise", "kernel": "org/good@v2"}
+        assert fields.items() <= changed(**fields).to_dict().items()
+        MiniCPM4Config(sparse_config=changed(**fields)).save_pretrained(tmp_path)
+        assert MiniCPM4Config.from_pretrained(tmp_path).infllm_v2 == changed(**fields)
+
+    @pytest.mark.parametrize(
+        "name", ["/home/me/kernel", "../kernel", "./owner/kernel", "~/kernel", "kernel", "a/b/c", ""]
+    )
+    def test_a_folder_cannot_come_with_a_checkpoint(self, name):
+        with pytest.raises(ValueError, match="kernel must name a Hub repository.*INFLLM_V2_KERNEL"):
+            changed(kernel=name)
+
+    def test_what_they_may_say(self):
+        with pytest.raises(ValueError, match="implementation must be one of auto, kernel, blockwise, reference"):
+            changed(implementation="triton")
+        with pytest.raises(TypeError, match="kernel must be str | None"):
+            changed(kernel=3)
+        with pytest.raises(TypeError, match="implementation must be str"):
+            changed(implementation=None)

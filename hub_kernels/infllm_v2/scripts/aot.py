@@ -2,10 +2,11 @@
 Compile every Triton kernel ahead of time for GPUs that are not here, and tell what each needs.
 
     python hub_kernels/infllm_v2/scripts/aot.py                       # all targets, a Markdown table
-    python hub_kernels/infllm_v2/scripts/aot.py --targets 90 --only forward
+    python hub_kernels/infllm_v2/scripts/aot.py --targets sm_90 --only forward
 
-Compiling is not correctness: it shows that a kernel fits a GPU's registers and shared memory. The launches are those of
-the operators themselves at the released shapes (bfloat16, 32 query and 2 key/value heads, head size 128, 96 blocks of 64),
+Compiling is not correctness: it shows that a kernel fits a GPU's registers and shared memory. The launches are those
+of the operators themselves at the released shapes (bfloat16, 32 query and 2 key/value heads, head size 128,
+96 blocks of 64),
 recorded instead of run; nothing here is written down a second time.
 """
 
@@ -25,16 +26,26 @@ from pathlib import Path
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-import torch  # noqa: E402
-import triton  # noqa: E402
-from load import load  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+import torch
+import triton
+from load import load
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 
-TARGETS = (80, 87, 89, 90, 100, 110, 120)
-# Shared memory one block may use, in bytes (CUDA programming guide, technical specifications per compute capability).
-SHARED_LIMIT = {80: 166_912, 87: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 110: 232_448, 120: 101_376}
+# Shared memory one block may use, in bytes (CUDA programming guide, technical specifications per compute capability;
+# LDS of a CDNA 3 compute unit).
+SHARED_LIMIT = {
+    "sm_80": 166_912,
+    "sm_87": 166_912,
+    "sm_89": 101_376,
+    "sm_90": 232_448,
+    "sm_100": 232_448,
+    "sm_110": 232_448,
+    "sm_120": 101_376,
+    "gfx942": 65_536,
+}
+NO_SPILLS = ("sm_80", "sm_87", "sm_89", "sm_90")
 TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -44,10 +55,12 @@ TYPES = {
 }
 
 
-def record(dtype: torch.dtype, target: int) -> list[tuple]:
+def record(dtype: torch.dtype, target: str) -> list[tuple]:
     """Every kernel once, with the arguments it is launched with: (name, function, arguments, options)."""
     triton_kernels = load("cuda").ops._triton()
-    sys.modules[triton_kernels.__name__.replace("kernels", "common")].CAPABILITY = target // 10
+    sys.modules[triton_kernels.__name__.replace("kernels", "common")].CAPABILITY = (
+        int(target[3:]) // 10 if target.startswith("sm_") else 8
+    )
     launches = {}
 
     def run(self, *args, grid, warmup=False, **options):
@@ -84,7 +97,7 @@ def record(dtype: torch.dtype, target: int) -> list[tuple]:
     return [(name.strip("_").removesuffix("_kernel"), *launch) for name, launch in launches.items()]
 
 
-def compile_for(target: int, function, args, options) -> dict:
+def compile_for(target: str, function, args, options) -> dict:
     """Registers, spills and shared memory of one kernel on one target."""
     signature, constants, attributes = {}, {}, {}
     for index, (parameter, value) in enumerate(zip(function.params, args)):
@@ -100,46 +113,67 @@ def compile_for(target: int, function, args, options) -> dict:
             if value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run(
-            [tools / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    figures = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    chip = GPUTarget("cuda", int(target[3:]), 32) if target.startswith("sm_") else GPUTarget("hip", target, 64)
+    compiled = triton.compile(source, target=chip, options=options)
+    if target.startswith("sm_"):
+        registers, spilled = _cubin_usage(compiled.asm["cubin"])
+    else:
+        facts = {name: int(count) for name, count in re.findall(r"\.(\w+):\s+(\d+)\s*$", compiled.asm["amdgcn"], re.M)}
+        registers, spilled = facts["vgpr_count"], facts["private_segment_fixed_size"]
     return {
-        "registers": figures["REG"],
-        "spilled bytes a thread": figures["STACK"] + figures["LOCAL"],
+        "registers": registers,
+        "spilled bytes a thread": spilled,
         "shared bytes": compiled.metadata.shared,
         "warps": compiled.metadata.num_warps,
     }
 
 
-def _task(task: tuple[int, str, str]) -> dict:
+def _cubin_usage(cubin: bytes) -> tuple[int, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    figures = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return figures["REG"], figures["STACK"] + figures["LOCAL"]
+
+
+def _task(task: tuple[str, str, str]) -> dict:
     target, name, dtype = task
     for kernel, function, args, options in record(getattr(torch, dtype), target):
         if kernel == name:
-            return {"kernel": name, "target": f"sm_{target}", **compile_for(target, function, args, options)}
+            return {"kernel": name, "target": target, **compile_for(target, function, args, options)}
     raise ValueError(f"no kernel {name!r}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--targets", type=int, nargs="+", default=TARGETS, choices=TARGETS, help="compute capabilities (all)"
+        "--targets",
+        nargs="+",
+        choices=SHARED_LIMIT,
+        metavar="TARGET",
+        help=f"among {', '.join(SHARED_LIMIT)} (all that fit the dtype)",
     )
     parser.add_argument("--only", nargs="+", metavar="KERNEL", help="these kernels alone, by name as in the table")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 4), help="processes")
     parser.add_argument("--json", metavar="FILE", help="write the table there as JSON")
     args = parser.parse_args()
-    names = [name for name, *_ in record(getattr(torch, args.dtype), TARGETS[0])]
+    # The float32 products of a CUDA build of torch are not those of a ROCm build.
+    fits = [
+        target
+        for target in SHARED_LIMIT
+        if args.dtype != "float32" or target.startswith("sm_") != bool(torch.version.hip)
+    ]
+    targets = args.targets or fits
+    names = [name for name, *_ in record(getattr(torch, args.dtype), "sm_80")]
     unknown = sorted(set(args.only or ()) - set(names))
     if unknown:
         parser.error(f"no kernel {', '.join(unknown)}; there are {', '.join(names)}")
-    tasks = [(target, name, args.dtype) for name in args.only or names for target in args.targets]
+    tasks = [(target, name, args.dtype) for name in args.only or names for target in targets]
     rows = []
     print("| kernel | target | warps | registers | spilled bytes a thread | shared bytes |\n" + "| --- " * 6 + "|")
     with ProcessPoolExecutor(args.jobs) as pool:
@@ -156,10 +190,17 @@ def main() -> int:
             json.dumps({"triton": triton.__version__, "dtype": args.dtype, "rows": rows}, indent=1) + "\n"
         )
         partial.replace(args.json)
-    bad = [row for row in rows if row["shared bytes"] > SHARED_LIMIT[int(row["target"][3:])]]
-    bad += [row for row in rows if row["spilled bytes a thread"] and int(row["target"][3:]) <= 90]
-    for row in bad:
-        print(f"does not fit: {row['kernel']} on {row['target']}", file=sys.stderr)
+    bad = []
+    for row in rows:
+        name = f"{row['kernel']} on {row['target']}"
+        if row["shared bytes"] > SHARED_LIMIT[row["target"]]:
+            bad.append(
+                f"{name}: {row['shared bytes']:,} bytes of shared memory, {SHARED_LIMIT[row['target']]:,} are there"
+            )
+        if row["spilled bytes a thread"] and row["target"] in NO_SPILLS and args.dtype != "float32":
+            bad.append(f"{name}: spills {row['spilled bytes a thread']} bytes a thread")
+    for line in bad:
+        print(line, file=sys.stderr)
     return 1 if bad else 0
 
 

@@ -1,6 +1,6 @@
 """
-Every operator against its definition (`plain.py`) or an independent computation in float64: odd lengths, groups of 1 to
-32 heads, rows of different length, ties, empty rows, trees, pages. Errors are relative root mean squares.
+Every operator against its definition (`plain.py`) or an independent computation in float64: odd lengths, groups of 1
+to 32 heads, rows of different length, ties, empty rows, trees, pages. Errors are relative root mean squares.
 """
 
 import functools
@@ -120,7 +120,7 @@ def attention_float64(packed, query, key, value, blocks=None):
     return torch.stack(outputs)
 
 
-# --------------------------------------------------------------------------------------------------------- compressed keys
+# ----------------------------------------------------------------------------------------------------- compressed keys
 
 
 @shapes
@@ -165,7 +165,7 @@ def test_updates_in_pieces_equal_one_update(kernel, shape, device):
             assert torch.equal(cached[row, :, : alone.shape[0]].transpose(0, 1), alone)
 
 
-# ------------------------------------------------------------------------------------------------------ scores, selection
+# --------------------------------------------------------------------------------------------------- scores, selection
 
 
 @pytest.mark.parametrize("shape, dtype", CASES, ids=NAMES)
@@ -191,13 +191,15 @@ def test_selection_takes_the_best_and_of_equals_the_lower(kernel, plain, init_bl
         for s, position in enumerate(positions.tolist()):
             chosen, own = [block for block in got[g, s].tolist() if block >= 0], position // 16
             forced = {block for block in range(own + 1) if block < init_blocks or block >= own - window_blocks}
-            assert chosen == sorted(set(chosen)) and forced <= set(chosen) and max(chosen) == own
+            assert chosen == sorted(set(chosen))
+            assert forced <= set(chosen)
+            assert max(chosen) == own
             assert len(chosen) == min(selected, own + 1)
             left = [(-float(scores[g, s, block]), block) for block in range(own + 1) if block not in forced]
             assert set(chosen) - forced == {block for _, block in sorted(left)[: len(chosen) - len(forced)]}
 
 
-# -------------------------------------------------------------------------------------------------------------- attention
+# ----------------------------------------------------------------------------------------------------------- attention
 
 
 @pytest.mark.parametrize("shape, dtype", CASES, ids=NAMES)
@@ -244,7 +246,9 @@ def test_a_query_without_blocks_gives_zero_and_no_gradient(kernel, plain, device
     blocks[:, 3] = -1
     inputs = [tensor.clone().requires_grad_() for tensor in (packed.query, packed.key, packed.value)]
     output, lse = kernel.sparse_attention(*inputs, blocks, *packed.args, block_size=packed.block_size)
-    assert not output[3].any() and bool((lse[3] == -torch.inf).all()) and bool(lse[4].isfinite().all())
+    assert not output[3].any()
+    assert bool((lse[3] == -torch.inf).all())
+    assert bool(lse[4].isfinite().all())
     output.sum().backward()
     assert not inputs[0].grad[3].any()
     assert all(bool(tensor.grad.isfinite().all()) for tensor in inputs)
@@ -270,10 +274,11 @@ def test_strided_views_need_no_copy(kernel, plain, device):
         t.transpose(0, 1).contiguous().transpose(0, 1) for t in (packed.query, packed.key, packed.value)
     )
     got, _ = kernel.sparse_attention(query, key, value, *args, block_size=16)
-    assert not key.is_contiguous() and torch.equal(got, want)
+    assert not key.is_contiguous()
+    assert torch.equal(got, want)
 
 
-# ----------------------------------------------------------------------------------------------------------------- decode
+# -------------------------------------------------------------------------------------------------------------- decode
 
 
 class Cache:
@@ -320,8 +325,8 @@ class Cache:
         given.update(changes)
         key, value = given.pop("key", self.key), given.pop("value", self.value)
         return plain.sparse_attention_decode(
-            self.query, key, value, given["blocks"], given["scores"], self.lengths, given["positions"], given["starts"],
-            given["page_table"], given["tree_mask"], *self.choice.values(), self.scaling,
+            self.query, key, value, given["blocks"], given["scores"], self.lengths, given["positions"],
+            given["starts"], given["page_table"], given["tree_mask"], *self.choice.values(), self.scaling,
         )  # fmt: skip
 
 
@@ -415,13 +420,13 @@ def test_a_decode_step_is_four_launches(kernel, plain, device, monkeypatch):
         kernels, "run", lambda self, *args, **kwargs: launches.append(self) or run(self, *args, **kwargs)
     )
     kernel.infllm_v2_attention(
-        cache.query.transpose(1, 2), cache.key, cache.value, kernel_size=8, kernel_stride=4, block_size=16, window_size=16,
-        topk=3, dense_len=-1, compressed_keys=(cache.fine, cache.coarse),
+        cache.query.transpose(1, 2), cache.key, cache.value, kernel_size=8, kernel_stride=4, block_size=16,
+        window_size=16, topk=3, dense_len=-1, compressed_keys=(cache.fine, cache.coarse),
     )  # fmt: skip
     assert len(launches) == 4
 
 
-# --------------------------------------------------------------------------------------------------------------- one call
+# ------------------------------------------------------------------------------------------------------------ one call
 
 
 @pytest.mark.parametrize("queries", [2, 40], ids=["decode", "prefill"])
@@ -450,23 +455,24 @@ def calls(kernel, plain, device):
     zero = torch.zeros_like(cache.lengths)
     return {
         "compress_keys": (packed.key, packed.cu_k, packed.max_k, *windows),
-        "update_compressed_keys": (cache.key, cache.fine, cache.coarse, cache.starts, zero, cache.lengths, 118, *windows),
-        "block_scores": (packed.query, packed.fine, packed.coarse, *packed.args, 16, *windows, 0.1),
+        "update_compressed_keys": (cache.key, cache.fine, cache.coarse, cache.starts, zero, cache.lengths, 118,
+        *windows), "block_scores": (packed.query, packed.fine, packed.coarse, *packed.args, 16, *windows, 0.1),
         "block_scores_decode": (cache.query, cache.fine, cache.coarse, cache.lengths, None, 118, 16, *windows, 0.1),
-        "select_blocks": (packed.scores, packed.positions, 4, 1, 1, 16),
-        "sparse_attention": (*inputs, packed.blocks, *packed.args, 16, 0.1),
+        "select_blocks": (packed.scores, packed.positions, 4, 1, 1, 16), "sparse_attention": (*inputs, packed.blocks,
+        *packed.args, 16, 0.1),
         "sparse_attention_backward": (
             output, packed.query, packed.key, packed.value, output, lse, packed.blocks, *packed.args, 16, 0.1
         ),
         "sparse_attention_decode": (
-            cache.query, cache.key, cache.value, None, cache.scores, cache.lengths, None, cache.starts, None, None, 4, 1, 1, 16, 0.1
+            cache.query, cache.key, cache.value, None, cache.scores, cache.lengths, None, cache.starts, None, None,
+            4, 1, 1, 16, 0.1
         ),
     }, ops  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [
-    "compress_keys", "update_compressed_keys", "block_scores", "block_scores_decode", "select_blocks", "sparse_attention",
-    "sparse_attention_backward", "sparse_attention_decode",
+    "compress_keys", "update_compressed_keys", "block_scores", "block_scores_decode", "select_blocks",
+    "sparse_attention", "sparse_attention_backward", "sparse_attention_decode",
 ])  # fmt: skip
 def test_opcheck(kernel, plain, name, device):
     arguments, ops = calls(kernel, plain, device)
@@ -490,7 +496,7 @@ def test_compiles_as_one_graph(kernel, plain, device):
     assert torch.equal(*(torch.autograd.grad(out.sum(), packed.query)[0] for out in (got, want)))
 
 
-# -------------------------------------------------------------------------------------------------------------- bad input
+# ----------------------------------------------------------------------------------------------------------- bad input
 
 
 def refusals(packed, cache, kernel):
@@ -504,7 +510,8 @@ def refusals(packed, cache, kernel):
         return lambda: kernel.sparse_attention(**{**given, **changes})
 
     def decode(**changes):
-        given = {"query": cache.query, "key": cache.key, "value": cache.value, "lengths": cache.lengths, "blocks": cache.blocks,
+        given = {"query": cache.query, "key": cache.key, "value": cache.value, "lengths": cache.lengths,
+        "blocks": cache.blocks,
                  "block_size": 16, "starts": cache.starts}  # fmt: skip
         return lambda: kernel.sparse_attention_decode(**{**given, **changes})
 
@@ -537,12 +544,13 @@ def refusals(packed, cache, kernel):
         "block size": (attend(block_size=512), "1 to 128"),
         "windows": (lambda: kernel.compress_keys(key, packed.cu_k, 93, size=4, stride=8), "0 < stride <= size"),
         "stride": (
-            lambda: kernel.block_scores(query, packed.fine, packed.coarse, *packed.args, block_size=16, size=8, stride=5),
-            "multiple of stride",
+            lambda: kernel.block_scores(query, packed.fine, packed.coarse, *packed.args, block_size=16, size=8,
+            stride=5), "multiple of stride",
         ),
-        "selected": (lambda: kernel.select_blocks(packed.scores, packed.positions, 3, window_blocks=8), "at least their sum"),
-        "position": (lambda: kernel.select_blocks(packed.scores, packed.positions + 500, 96, block_size=16), "positions hold"),
-        "half scores": (lambda: kernel.select_blocks(packed.scores.half(), packed.positions), "contiguous float32"),
+        "selected": (lambda: kernel.select_blocks(packed.scores, packed.positions, 3, window_blocks=8),
+        "at least their sum"), "position": (lambda: kernel.select_blocks(packed.scores, packed.positions + 500, 96,
+        block_size=16), "positions hold"), "half scores": (lambda: kernel.select_blocks(packed.scores.half(),
+        packed.positions), "contiguous float32"),
         "overlapping output": (
             lambda: kernel.update_compressed_keys(
                 cache.key, cache.fine[..., :1].expand(-1, -1, -1, 64), cache.coarse, cache.starts, cache.lengths,
@@ -557,7 +565,8 @@ def refusals(packed, cache, kernel):
         ),
         "row grows backwards": (
             lambda: kernel.update_compressed_keys(
-                cache.key, cache.fine, cache.coarse, cache.starts, cache.lengths, cache.lengths - 1, 1, size=8, stride=4),
+                cache.key, cache.fine, cache.coarse, cache.starts, cache.lengths, cache.lengths - 1, 1, size=8,
+                stride=4),
             "goes from",
         ),
         "row too long": (decode(lengths=cache.lengths + 30), "has room for"),
@@ -565,7 +574,8 @@ def refusals(packed, cache, kernel):
         "both": (decode(scores=cache.scores), "either blocks"),
         "neither": (decode(blocks=None), "either blocks"),
         "page": (
-            decode(page_table=torch.full((2, 1), 7, dtype=torch.int32), starts=None), "names pages|has room|hold whole blocks"
+            decode(page_table=torch.full((2, 1), 7, dtype=torch.int32), starts=None),
+            "names pages|has room|hold whole blocks",
         ),
         "tree": (decode(tree_mask=torch.ones(2, 1, dtype=torch.int32)), "contiguous int64"),
     }  # fmt: skip
@@ -609,4 +619,5 @@ def test_no_queries_and_empty_rows(kernel, plain, device):
     output, lse = kernel.sparse_attention(
         nothing.query, nothing.key, nothing.value, nothing.blocks, *nothing.args, block_size=16
     )
-    assert output.shape == (0, 16, 64) and lse.shape == (0, 16)
+    assert output.shape == (0, 16, 64)
+    assert lse.shape == (0, 16)

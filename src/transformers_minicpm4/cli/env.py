@@ -21,7 +21,14 @@ PACKAGES = (
     "safetensors",
     "tokenizers",
 )
-VARIABLES = ("OMP_NUM_THREADS", "HF_HUB_OFFLINE", "TRANSFORMERS_MINICPM4_CACHE")
+VARIABLES = (
+    "OMP_NUM_THREADS",
+    "HF_HUB_OFFLINE",
+    "TRANSFORMERS_MINICPM4_CACHE",
+    "INFLLM_V2_IMPLEMENTATION",
+    "INFLLM_V2_KERNEL",
+    "LOCAL_KERNELS",
+)
 
 EXAMPLES = """\
 examples:
@@ -89,8 +96,9 @@ def describe_devices() -> dict[str, str]:
 
 
 def describe_implementations() -> dict[str, str]:
+    from transformers_minicpm4.infllm_v2 import InfLLMv2Config, kernel
     from transformers_minicpm4.infllm_v2.backend import IMPLEMENTATIONS
 
-    return {
-        name: "usable" if name in IMPLEMENTATIONS else "not installed" for name in ("reference", "blockwise", "kernel")
-    }
+    attend, reason = kernel.find(InfLLMv2Config())
+    state = "usable" if attend is not None else reason or "none named (INFLLM_V2_KERNEL)"
+    return {**dict.fromkeys(IMPLEMENTATIONS, "usable"), "kernel": state}

@@ -7,12 +7,18 @@ blocks, `K` compressed keys.
 
 from __future__ import annotations
 
-import torch
+import os
+from collections.abc import Callable
 
-from . import blockwise, reference
-from .configuration import InfLLMv2Config
+import torch
+from transformers.utils import logging
+
+from . import blockwise, kernel, reference
+from .configuration import IMPLEMENTATION_CHOICES, InfLLMv2Config
 from .reference import compress_keys
 
+
+logger = logging.get_logger(__name__)
 
 IMPLEMENTATIONS = {"reference": reference.attend, "blockwise": blockwise.attend}
 
@@ -48,7 +54,8 @@ def infllm_v2_attention(
             counted from its first token; rows may have spare entries at the end. Computed here if absent.
         scaling (`float`, *optional*): factor on the logits, defaults to `D ** -0.5`.
         implementation (`str`): `"reference"` (the definition), `"blockwise"` (same answers, memory of the selected
-            blocks), `"kernel"` (not installed in this version) or `"auto"`.
+            blocks), `"kernel"` (the Hub kernel that is named; an error where it cannot run) or `"auto"`: what
+            `INFLLM_V2_IMPLEMENTATION`, else the config says, and if that is "auto" too, the kernel where it can run.
         return_blocks (`bool`): also return which blocks each query read.
 
     Returns:
@@ -56,16 +63,101 @@ def infllm_v2_attention(
         counted from each row's first token.
 
     Raises:
-        ValueError: shapes that do not fit, a mask with holes, missing `use_nope` tensors, unknown implementation.
+        ValueError: shapes that do not fit, a mask with holes, missing `use_nope` tensors, an unknown implementation,
+            or the kernel asked for where it cannot run.
     """
     _check(query, key, value, config, selection_query, selection_key, compressed_keys)
-    attend = _implementation(implementation)
-    batch, heads, length, size = query.shape
+    name = _name(implementation, config)
+    hub_kernel = _kernel(name, config, query, key, value) if name in ("auto", "kernel") else None
+    batch, _, _, size = query.shape
     total = key.shape[2]
-    scaling = size**-0.5 if scaling is None else scaling
     if not config.use_nope:
         selection_query, selection_key = query, key
     starts, longest = _rows(attention_mask, batch, total)
+    arguments = {
+        "starts": starts,
+        "longest": longest,
+        "selection_query": selection_query,
+        "selection_key": selection_key,
+        "compressed_keys": compressed_keys,
+        "scaling": size**-0.5 if scaling is None else scaling,
+        "return_blocks": return_blocks,
+    }
+    if hub_kernel is not None:
+        output, blocks = _all_rows(hub_kernel, query, key, value, config, **arguments)
+    else:
+        output, blocks = _row_by_row(_implementation(name), query, key, value, config, **arguments)
+    return (output, blocks) if return_blocks else output
+
+
+def _name(argument: str, config: InfLLMv2Config) -> str:
+    """The argument's choice, else the environment's, else the config's."""
+    name = argument
+    if name == "auto":
+        name = os.environ.get("INFLLM_V2_IMPLEMENTATION") or config.implementation
+    if name not in IMPLEMENTATION_CHOICES:
+        raise ValueError(
+            f"implementation must be 'reference', 'blockwise', 'kernel' or 'auto', got {name!r} (as an argument, or "
+            "in the environment variable INFLLM_V2_IMPLEMENTATION)."
+        )
+    return name
+
+
+def _implementation(name: str) -> Callable:
+    return IMPLEMENTATIONS.get(name, blockwise.attend)
+
+
+def _kernel(name: str, config: InfLLMv2Config, query, key, value) -> Callable | None:
+    """The kernel that answers, or `None` where `blockwise` must; that is said once, and is an error for "kernel"."""
+    attend, reason = kernel.find(config)
+    if attend is not None:
+        reason = kernel.refusal(query, key, value, config)
+        if reason is None and name == "auto":
+            reason = kernel.slower(attend, query, key, value)
+        if reason is None:
+            return attend
+    if name == "kernel":
+        reason = reason or "no kernel is named (INFLLM_V2_KERNEL=owner/repo, or kernel='owner/repo' in the config)"
+        raise ValueError(f"implementation='kernel' cannot run: {reason}; use 'auto' or 'blockwise'.")
+    if reason is not None:
+        logger.warning_once(f"InfLLM v2 runs its blockwise form: {reason}.")
+    return None
+
+
+def _all_rows(
+    attend, query, key, value, config, *, starts, selection_query, selection_key, compressed_keys, **options
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One call of the kernel for all rows."""
+
+    def compressed():  # asked for only where something is selected
+        longest = key.shape[2] - min(starts)
+        pairs = zip(compressed_keys, (False, True))
+        return tuple(_complete(keys, longest, *config.windows(coarse)) for keys, coarse in pairs)
+
+    tensors = (query, key, value, selection_query, selection_key)
+    # The kernel reads features that lie next to each other.
+    query, key, value, selection_query, selection_key = (
+        tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors
+    )
+    output = attend(
+        query,
+        key,
+        value,
+        **{name: getattr(config, name) for name in kernel.RULE},
+        starts=starts,
+        selection_query=selection_query,
+        selection_key=selection_key,
+        compressed_keys=None if compressed_keys is None else compressed,
+        **options,
+    )
+    return output if options["return_blocks"] else (output, None)
+
+
+def _row_by_row(
+    attend, query, key, value, config, *, starts, selection_query, selection_key, compressed_keys, **options
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rows that begin at one slot together, others on their own."""
+    length, total = query.shape[2], key.shape[2]
 
     def attend_rows(rows: slice, start: int):
         # Queries before `start` are padding: the row begins at its first token.
@@ -87,24 +179,20 @@ def infllm_v2_attention(
             config,
             selection_query=selection_query[rows, :, padding:],
             compressed_keys=compressed,
-            scaling=scaling,
-            longest=longest,
-            return_blocks=return_blocks,
+            **options,
         )
         if padding:
             output = torch.nn.functional.pad(output, (0, 0, padding, 0))
-        if return_blocks:
+        if blocks is not None:
             spare = -(-total // config.block_size) - blocks.shape[-1]
             blocks = torch.nn.functional.pad(blocks, (0, spare, padding, 0))
         return output, blocks
 
     if len(set(starts)) == 1:
-        output, blocks = attend_rows(slice(None), starts[0])
-    else:
-        parts = [attend_rows(slice(row, row + 1), start) for row, start in enumerate(starts)]
-        output = torch.cat([part[0] for part in parts])
-        blocks = torch.cat([part[1] for part in parts]) if return_blocks else None
-    return (output, blocks) if return_blocks else output
+        return attend_rows(slice(None), starts[0])
+    parts = [attend_rows(slice(row, row + 1), start) for row, start in enumerate(starts)]
+    blocks = torch.cat([part[1] for part in parts]) if options["return_blocks"] else None
+    return torch.cat([part[0] for part in parts]), blocks
 
 
 def row_starts(attention_mask: torch.Tensor) -> tuple[list[int], int]:
@@ -151,19 +239,6 @@ def _complete(keys: torch.Tensor, length: int, size: int, stride: int) -> torch.
             f"{count}. Update the cache layer with every key, or pass compressed_keys=None."
         )
     return keys[:, :, :count]
-
-
-def _implementation(name: str):
-    if name == "auto":
-        return blockwise.attend
-    if name == "kernel":
-        raise ValueError(
-            "implementation='kernel' needs the InfLLM v2 Hub kernel, which this version does not carry; use 'auto' or "
-            "'blockwise'."
-        )
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be 'reference', 'blockwise', 'kernel' or 'auto', got {name!r}.")
-    return IMPLEMENTATIONS[name]
 
 
 def _check(query, key, value, config, selection_query, selection_key, compressed_keys) -> None:

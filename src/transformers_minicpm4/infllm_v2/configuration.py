@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any
 
 
-# What a checkpoint's `sparse_config` must name. `dense_switch` is ours and optional.
+# What a checkpoint's `sparse_config` must name. `dense_switch`, `implementation` and `kernel` are ours and optional.
 CHECKPOINT_FIELDS = (
     "kernel_size",
     "kernel_stride",
@@ -18,6 +19,9 @@ CHECKPOINT_FIELDS = (
     "use_nope",
     "dense_len",
 )
+
+# What `implementation` may say.
+IMPLEMENTATION_CHOICES = ("auto", "kernel", "blockwise", "reference")
 
 # Coarse means only estimate the softmax normaliser, so they may be this much wider than the fine ones (MiniCPM4.1).
 COARSE_RATIO = 4
@@ -51,6 +55,12 @@ class InfLLMv2Config:
             `"position"`: a query at position p is dense iff p + 1 < dense_len, so that what a token reads never
             depends on how the sequence was cut into calls. `"call"`: the whole call is dense iff its longest row is
             shorter than `dense_len`, as in the released code.
+        implementation (`str`, *optional*, defaults to `"auto"`):
+            `"kernel"` (an error where it cannot run), `"blockwise"`, `"reference"`, or `"auto"`: the kernel if one is
+            named and can run, else blockwise. The environment variable `INFLLM_V2_IMPLEMENTATION` goes before it.
+        kernel (`str`, *optional*):
+            Hub repository of the kernel, `"owner/repo"` or `"owner/repo@revision"`. The environment variable
+            `INFLLM_V2_KERNEL` goes before it. Never a folder: a checkpoint must not choose code on your disk.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -66,11 +76,13 @@ class InfLLMv2Config:
     use_nope: bool = False
     dense_len: int = 8192
     dense_switch: str = "position"
+    implementation: str = "auto"
+    kernel: str | None = None
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            wanted = {"int": int, "bool": bool, "str": str}[field.type]
+            wanted = {"int": int, "bool": bool, "str": str, "str | None": (str, type(None))}[field.type]
             if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
                 raise TypeError(
                     f"sparse_config: {field.name} must be {field.type}, got {value!r} ({type(value).__name__})."
@@ -102,6 +114,16 @@ class InfLLMv2Config:
             )
         if self.dense_switch not in ("position", "call"):
             raise ValueError(f"sparse_config: dense_switch must be 'position' or 'call', got {self.dense_switch!r}.")
+        if self.implementation not in IMPLEMENTATION_CHOICES:
+            raise ValueError(
+                f"sparse_config: implementation must be one of {', '.join(IMPLEMENTATION_CHOICES)}, got "
+                f"{self.implementation!r}."
+            )
+        if self.kernel is not None and not re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", self.kernel):
+            raise ValueError(
+                f"sparse_config: kernel must name a Hub repository, 'owner/repo' or 'owner/repo@revision', got "
+                f"{self.kernel!r}. A local folder can only be named in the environment variable INFLLM_V2_KERNEL."
+            )
 
     @property
     def window_blocks(self) -> int:
@@ -133,7 +155,12 @@ class InfLLMv2Config:
         return max(self.dense_len - 1, covered)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Plain values; who computes (`implementation`, `kernel`) only where it was set."""
+        fields = dataclasses.asdict(self)
+        for name in ("implementation", "kernel"):
+            if fields[name] == getattr(InfLLMv2Config, name):
+                del fields[name]
+        return fields
 
     @classmethod
     def from_dict(cls, sparse_config: dict[str, Any]) -> InfLLMv2Config:

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.integrations import use_kernelized_func
+from transformers.integrations.hub_kernels import is_kernel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -40,6 +42,7 @@ from ..infllm_v2 import ATTN_IMPLEMENTATION
 from ..infllm_v2.attention_interface import packed_segments
 from ..infllm_v2.backend import row_starts
 from ..infllm_v2.cache import make_sparse
+from ..infllm_v2.kernel import kernelized
 from .configuration_minicpm4 import MiniCPM4Config
 
 
@@ -116,6 +119,7 @@ def apply_rotary_pos_emb(query, key, cos, sin):
     return tuple(rotated)
 
 
+@use_kernelized_func(kernelized)
 class MiniCPM4Attention(LlamaAttention):
     """Grouped-query attention, dense or InfLLM v2 by `config._attn_implementation`."""
 
@@ -227,7 +231,8 @@ class MiniCPM4PreTrainedModel(LlamaPreTrainedModel):
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
         chosen = super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
-        if self.config.sparse_config is not None and chosen != ATTN_IMPLEMENTATION:
+        by_kernel = is_kernel(chosen)  # a kernel named as "owner/repo" may be sparse and says itself what it is
+        if self.config.sparse_config is not None and chosen != ATTN_IMPLEMENTATION and not by_kernel:
             logger.warning_once(
                 f'attn_implementation="{chosen}" is dense: the sparse_config of this checkpoint is not used. Leave '
                 f'attn_implementation unset or say "{ATTN_IMPLEMENTATION}" for sparse attention.'

@@ -9,13 +9,21 @@ blocks, `T` selected blocks, `K` fine and `C` coarse compressed keys.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from .ops import block_scores, block_scores_decode, compress_keys, select_blocks, sparse_attention, sparse_attention_decode
+from .ops import (
+    block_scores,
+    block_scores_decode,
+    compress_keys,
+    select_blocks,
+    sparse_attention,
+    sparse_attention_decode,
+)
 
 
 # Coarse means are this much wider than the fine ones (MiniCPM4.1).
@@ -48,31 +56,32 @@ def infllm_v2_attention(
     return_blocks: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     r"""
-    Causal block-sparse attention of the last `S` of `N` positions (MiniCPM4, arXiv 2506.07900, section 2.1). The fields
-    are those of a checkpoint's `sparse_config`; the defaults are the released values.
+    Causal block-sparse attention of the last `S` of `N` positions (MiniCPM4, arXiv 2506.07900, section 2.1). The
+    fields are those of a checkpoint's `sparse_config`; the defaults are the released values.
 
     Args:
         query (`[B, H, S, D]`), key and value (`[B, G, N, D]`): rotated queries and keys, features next to each other.
         dense_len: queries at positions `p` with `p + 1 < dense_len` read everything; -1: always sparse.
-        dense_switch: `"position"`, or `"call"`: the whole call is dense iff `longest` (tokens of the longest row, `N` by
-            default) is below `dense_len`.
+        dense_switch: `"position"`, or `"call"`: the whole call is dense iff `longest` (tokens of the longest row, `N`
+            by default) is below `dense_len`.
         starts: first slot of each row (left padding), by default 0.
-        selection_query (`[B, H, S, D]`), selection_key (`[B, G, N, D]`): choose blocks with these (un-rotated) tensors.
-        compressed_keys (fine `[B, G, K, D]`, coarse `[B, G, C, D]`, or a function that gives them): as kept by a cache,
+        selection_query (`[B, H, S, D]`), selection_key (`[B, G, N, D]`): choose blocks with these (un-rotated)
+        tensors. compressed_keys (fine `[B, G, K, D]`, coarse `[B, G, C, D]`,
+        or a function that gives them): as kept by a cache,
             each row counted from its first token; computed from the keys if absent.
         scaling: factor on the logits, `D ** -0.5` if absent.
 
     Returns:
-        output `[B, H, S, D]`, 0 before a row's first token; with `return_blocks` also which blocks each query read, bool
-        `[B, G, S, M]`, counted from each row's first token.
+        output `[B, H, S, D]`, 0 before a row's first token; with `return_blocks` also which blocks each query read,
+        bool `[B, G, S, M]`, counted from each row's first token.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or settings that contradict each other.
     """
     if query.dim() != 4 or key.dim() != 4 or query.shape[0] != key.shape[0] or not 0 < query.shape[2] <= key.shape[2]:
         raise ValueError(
-            f"infllm-v2: query {tuple(query.shape)} and key {tuple(key.shape)} must be [batch, heads, tokens, head size], the "
-            "queries being the last of the positions, at least one."
+            f"infllm-v2: query {tuple(query.shape)} and key {tuple(key.shape)} must be [batch, heads, tokens, head "
+            "size], the queries being the last of the positions, at least one."
         )
     if dense_switch not in ("position", "call"):
         raise ValueError(f"infllm-v2: dense_switch must be 'position' or 'call', got {dense_switch!r}.")
@@ -101,8 +110,8 @@ def infllm_v2_attention(
     if length <= DECODE_QUERIES and not needs_grad and all(total - start >= length for start in starts):
         compressed = _compressed(compressed_keys, selection_key, starts, windows)
         output, chosen = _decode(
-            query, key, value, selection_query, compressed, starts, first_sparse, num_selected, windows, choice, scaling,
-            return_blocks,
+            query, key, value, selection_query, compressed, starts, first_sparse, num_selected, windows, choice,
+            scaling, return_blocks,
         )  # fmt: skip
         blocks = _as_map(chosen, batch, -(-total // block_size)) if return_blocks else None
         return (output, blocks) if return_blocks else output
@@ -151,16 +160,41 @@ def _bounds(tokens: int, device) -> torch.Tensor:
     return torch.tensor([0, tokens], dtype=torch.int32, device=device)
 
 
+def _row_tensors(starts: tuple[int, ...], total: int, device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Tokens and first slot of each row (int32 `[B]`; no slots where all begin at 0). One step's layers share them."""
+    if torch.compiler.is_compiling():
+        return _make_row_tensors(starts, total, device)
+    return _keep_row_tensors(starts, total, device)
+
+
+def _make_row_tensors(starts, total, device):
+    lengths = torch.tensor([total - start for start in starts], dtype=torch.int32, device=device)
+    return lengths, torch.tensor(starts, dtype=torch.int32, device=device) if any(starts) else None
+
+
+_keep_row_tensors = functools.lru_cache(maxsize=4)(_make_row_tensors)
+
+
 def _decode(
-    query, key, value, selection_query, compressed, starts, first_sparse, num_selected, windows, choice, scaling, return_blocks
+    query,
+    key,
+    value,
+    selection_query,
+    compressed,
+    starts,
+    first_sparse,
+    num_selected,
+    windows,
+    choice,
+    scaling,
+    return_blocks,
 ):
     """A few queries a row, all rows in one go."""
     batch, _, length, _ = query.shape
     total = key.shape[2]
     device, block_size = query.device, choice["block_size"]
     queries = query.transpose(1, 2)
-    lengths = total - (torch.tensor(starts, dtype=torch.int32, device=device) if any(starts) else torch.zeros(batch, dtype=torch.int32, device=device))
-    offsets = torch.tensor(starts, dtype=torch.int32, device=device) if any(starts) else None
+    lengths, offsets = _row_tensors(tuple(starts), total, device)
     first = [total - start - length for start in starts]
     all_sparse = min(first) >= first_sparse
     any_sparse = max(first) + length > first_sparse
@@ -168,11 +202,20 @@ def _decode(
     if any_sparse:
         fine, coarse = compressed()
         scores = block_scores_decode(
-            selection_query.transpose(1, 2), fine, coarse, lengths, total - min(starts), block_size=block_size, scaling=scaling, **windows
+            selection_query.transpose(1, 2),
+            fine,
+            coarse,
+            lengths,
+            total - min(starts),
+            block_size=block_size,
+            scaling=scaling,
+            **windows,
         )
     attend = {"starts": offsets, "scaling": scaling}
     if all_sparse and not return_blocks:
-        output = sparse_attention_decode(queries, key, value, lengths, scores=scores, num_selected=num_selected, **choice, **attend)
+        output = sparse_attention_decode(
+            queries, key, value, lengths, scores=scores, num_selected=num_selected, **choice, **attend
+        )
         return output.transpose(1, 2), None
 
     # Rows before `first_sparse` read everything: as a list of all their blocks.
@@ -216,8 +259,8 @@ def _prefill(
             part = rows[begin : begin + step]
             upto = first + dense + begin + part.shape[0]
             scores = block_scores(
-                part, fine, coarse, _bounds(part.shape[0], query.device), _bounds(upto, query.device), part.shape[0], upto,
-                block_size=block_size, scaling=scaling, **windows,
+                part, fine, coarse, _bounds(part.shape[0], query.device), _bounds(upto, query.device), part.shape[0],
+                upto, block_size=block_size, scaling=scaling, **windows,
             )  # fmt: skip
             positions = torch.arange(upto - part.shape[0], upto, dtype=torch.int32, device=query.device)
             blocks = select_blocks(scores, positions, num_selected, **choice)

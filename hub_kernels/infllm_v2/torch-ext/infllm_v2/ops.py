@@ -1,12 +1,13 @@
 """
 The operators: what each takes and gives, the checks at the door, and which kernel answers.
 
-Each is a `torch.library` operator with a fake implementation, so that `torch.compile(fullgraph=True)` passes through it.
-Tensors on a CUDA or ROCm device go to Triton, tensors on the CPU to C++ where a compiler is present, else to plain
-PyTorch. With `TRITON_INTERPRET=1` in the environment (before the first import) CPU tensors go through the Triton kernels.
+Each is a `torch.library` operator with a fake implementation, so that `torch.compile(fullgraph=True)` passes through
+it. Tensors on a CUDA or ROCm device go to Triton, tensors on the CPU to C++ where a compiler is present, else to plain
+PyTorch. With `TRITON_INTERPRET=1` in the environment (before the first import) CPU tensors go through the Triton
+kernels.
 
-Shape letters: `B` rows, `S` queries of all rows, `N` keys of all rows, `H` query heads, `G` key/value heads, `R = H / G`
-query heads a group, `D` head size, `M` blocks of the longest row, `T` selected blocks, `K` fine and `C` coarse
+Shape letters: `B` rows, `S` queries of all rows, `N` keys of all rows, `H` query heads, `G` key/value heads, `R = H
+/ G` query heads a group, `D` head size, `M` blocks of the longest row, `T` selected blocks, `K` fine and `C` coarse
 compressed keys.
 """
 
@@ -22,7 +23,8 @@ from ._ops import add_op_namespace_prefix, ops
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# `INFLLM_V2_CHECK=1` also looks at indices that lie on a GPU, which waits for it; the kernels skip what is out of range.
+# `INFLLM_V2_CHECK=1` also looks at indices that lie on a GPU, which waits for it; the kernels skip what is out of
+# range.
 CHECK_ON_GPU = os.environ.get("INFLLM_V2_CHECK", "0") == "1"
 
 _library = torch.library.Library(add_op_namespace_prefix("x").split("::")[0], "FRAGMENT")
@@ -51,7 +53,9 @@ def _triton():
     try:
         from . import triton_kernels
     except ImportError as error:
-        raise RuntimeError(f"infllm-v2: tensors on a GPU need the triton package, which failed to import: {error}.") from error
+        raise RuntimeError(
+            f"infllm-v2: tensors on a GPU need the triton package, which failed to import: {error}."
+        ) from error
     return triton_kernels
 
 
@@ -73,7 +77,15 @@ def implementation(tensor: torch.Tensor):
     raise ValueError(f"infllm-v2: tensors are on {kind}; supported are cuda (NVIDIA and ROCm) and cpu.")
 
 
-# ---------------------------------------------------------------------------------------------------------------- checks
+def is_compiled(tensor: torch.Tensor) -> bool:
+    """
+    Whether compiled kernels answer for `tensor`'s device; plain PyTorch, the slow form, does on a CPU without
+    them.
+    """
+    return implementation(tensor) is not plain
+
+
+# -------------------------------------------------------------------------------------------------------------- checks
 
 
 def _tensors(dims: int, **tensors: torch.Tensor) -> None:
@@ -119,7 +131,9 @@ def _groups(query_heads: int, groups: int, size: int, key_size: int) -> None:
 
 def _windows(size: int, stride: int, ratio: int, block_size: int | None = None) -> None:
     if not 0 < stride <= size or ratio < 1:
-        raise ValueError(f"infllm-v2: windows of {size} tokens every {stride} (coarse: {ratio} times); need 0 < stride <= size.")
+        raise ValueError(
+            f"infllm-v2: windows of {size} tokens every {stride} (coarse: {ratio} times); need 0 < stride <= size."
+        )
     if block_size is not None and (block_size < 1 or block_size % stride):
         raise ValueError(f"infllm-v2: block_size {block_size} must be a positive multiple of stride {stride}.")
 
@@ -136,7 +150,9 @@ def _looks_at_values(tensor: torch.Tensor) -> bool:
 def _cu_seqlens(name: str, cu_seqlens: torch.Tensor, tokens: int, longest: int) -> None:
     """Values are read once a tensor: a layer's call after another waits for nothing."""
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-        raise ValueError(f"infllm-v2: {name} must be [rows + 1], at least one row, got shape {tuple(cu_seqlens.shape)}.")
+        raise ValueError(
+            f"infllm-v2: {name} must be [rows + 1], at least one row, got shape {tuple(cu_seqlens.shape)}."
+        )
     seen = (cu_seqlens._version, tokens, longest) if not cu_seqlens.is_inference() else None
     if seen is not None and getattr(cu_seqlens, "_infllm_v2_checked", None) == seen:
         return
@@ -158,15 +174,23 @@ def _cu_seqlens(name: str, cu_seqlens: torch.Tensor, tokens: int, longest: int) 
 def _pair(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor) -> None:
     """The queries are the last of each row's positions."""
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
-        raise ValueError(f"infllm-v2: {cu_seqlens_q.shape[0] - 1} rows of queries, {cu_seqlens_k.shape[0] - 1} of keys.")
-    seen = (cu_seqlens_q._version, cu_seqlens_k._version) if not cu_seqlens_q.is_inference() and not cu_seqlens_k.is_inference() else None
+        raise ValueError(
+            f"infllm-v2: {cu_seqlens_q.shape[0] - 1} rows of queries, {cu_seqlens_k.shape[0] - 1} of keys."
+        )
+    seen = (
+        (cu_seqlens_q._version, cu_seqlens_k._version)
+        if not cu_seqlens_q.is_inference() and not cu_seqlens_k.is_inference()
+        else None
+    )
     if seen is not None and getattr(cu_seqlens_q, "_infllm_v2_paired", None) == (id(cu_seqlens_k), *seen):
         return
     if cu_seqlens_q.is_cuda and torch.cuda.is_current_stream_capturing():
         return
     for row, (q, k) in enumerate(zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist())):
         if q > k:
-            raise ValueError(f"infllm-v2: row {row} has {q} queries and {k} keys; the queries are the last of the keys.")
+            raise ValueError(
+                f"infllm-v2: row {row} has {q} queries and {k} keys; the queries are the last of the keys."
+            )
     if seen is not None:
         cu_seqlens_q._infllm_v2_paired = (id(cu_seqlens_k), *seen)
 
@@ -180,9 +204,13 @@ def _blocks(blocks: torch.Tensor, groups: int, queries: int, num_blocks: int) ->
     if blocks.numel() and _looks_at_values(blocks):
         low, high = int(blocks.min()), int(blocks.max())
         if low < -1 or high >= num_blocks:
-            raise ValueError(f"infllm-v2: blocks holds {low} ... {high}; allowed are 0 ... {num_blocks - 1}, and -1 for none.")
+            raise ValueError(
+                f"infllm-v2: blocks holds {low} ... {high}; allowed are 0 ... {num_blocks - 1}, and -1 for none."
+            )
         if bool(((blocks[..., 1:] >= 0) & (blocks[..., 1:] <= blocks[..., :-1])).any()):
-            raise ValueError("infllm-v2: each query's blocks must rise, with -1 only at the end; sort and de-duplicate them.")
+            raise ValueError(
+                "infllm-v2: each query's blocks must rise, with -1 only at the end; sort and de-duplicate them."
+            )
 
 
 def _rows(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> None:
@@ -190,7 +218,7 @@ def _rows(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> Non
         raise ValueError(f"infllm-v2: {name} must have shape {shape}, got {tuple(tensor.shape)}.")
 
 
-# ------------------------------------------------------------------------------------------------------- compressed keys
+# ----------------------------------------------------------------------------------------------------- compressed keys
 
 
 @_operator("(Tensor key, Tensor cu_seqlens, int max_seqlen, int size, int stride, int ratio) -> (Tensor, Tensor)")
@@ -229,30 +257,33 @@ def compress_keys(
 
 
 @_operator(
-    "(Tensor key, Tensor(a!) fine, Tensor(b!) coarse, Tensor starts, Tensor done, Tensor lengths, int max_new, int size, "
-    "int stride, int ratio) -> ()"
+    "(Tensor key, Tensor(a!) fine, Tensor(b!) coarse, Tensor starts, Tensor done, Tensor lengths, int max_new, int "
+    "size, int stride, int ratio) -> ()"
 )
 def _update_compressed_keys(key, fine, coarse, starts, done, lengths, max_new, size, stride, ratio):
     _tensors(4, key=key, fine=fine, coarse=coarse)
     _indices(key, starts=starts, done=done, lengths=lengths)
     _windows(size, stride, ratio)
     batch, groups, total, width = key.shape
-    for name, tensor, apart in (("fine", fine, stride), ("coarse", coarse, stride * ratio)):
+    for name, tensor in (("fine", fine), ("coarse", coarse)):
         if (tensor.shape[0], tensor.shape[1], tensor.shape[3]) != (batch, groups, width):
             raise ValueError(f"infllm-v2: {name} {tuple(tensor.shape)} does not fit key {tuple(key.shape)}.")
         if torch._debug_has_internal_overlap(tensor) == 1:
-            raise ValueError(f"infllm-v2: {name} is written to and overlaps itself (an expanded view); clone it first.")
+            raise ValueError(
+                f"infllm-v2: {name} is written to and overlaps itself (an expanded view); clone it first."
+            )
     for name, tensor in (("starts", starts), ("done", done), ("lengths", lengths)):
         _rows(name, tensor, (batch,))
     if _looks_at_values(lengths):
         for row, (start, old, new) in enumerate(zip(starts.tolist(), done.tolist(), lengths.tolist())):
             room = min(
-                (fine.shape[2] - 1) * stride + size + stride, (coarse.shape[2] - 1) * stride * ratio + (size + stride) * ratio
+                (fine.shape[2] - 1) * stride + size + stride,
+                (coarse.shape[2] - 1) * stride * ratio + (size + stride) * ratio,
             )
             if not 0 <= old <= new <= total - start or start < 0 or new - old > max_new or new >= max(room, size):
                 raise ValueError(
-                    f"infllm-v2: row {row} starts at {start} and goes from {old} to {new} tokens; the cache holds {total} "
-                    f"keys and compressed keys for fewer than {room} tokens, and max_new is {max_new}."
+                    f"infllm-v2: row {row} starts at {start} and goes from {old} to {new} tokens; the cache holds "
+                    f"{total} keys and compressed keys for fewer than {room} tokens, and max_new is {max_new}."
                 )
     implementation(key).update_compressed_keys(key, fine, coarse, starts, done, lengths, max_new, size, stride, ratio)
 
@@ -290,22 +321,35 @@ def update_compressed_keys(
     ops.update_compressed_keys(key, fine, coarse, starts, done, lengths, max_new, size, stride, ratio)
 
 
-# ----------------------------------------------------------------------------------------------------------------- scores
+# -------------------------------------------------------------------------------------------------------------- scores
 
 
 def _score_tensors(dims, query, fine, coarse, heads_at, groups_at):
     _tensors(dims, query=query, fine=fine, coarse=coarse)
     _groups(query.shape[heads_at], fine.shape[groups_at], query.shape[-1], fine.shape[-1])
     if coarse.shape[groups_at] != fine.shape[groups_at] or coarse.shape[-1] != fine.shape[-1]:
-        raise ValueError(f"infllm-v2: fine {tuple(fine.shape)} and coarse {tuple(coarse.shape)} differ in heads or head size.")
+        raise ValueError(
+            f"infllm-v2: fine {tuple(fine.shape)} and coarse {tuple(coarse.shape)} differ in heads or head size."
+        )
 
 
 @_operator(
-    "(Tensor query, Tensor fine, Tensor coarse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, "
-    "int block_size, int size, int stride, int ratio, float scaling) -> Tensor"
+    "(Tensor query, Tensor fine, Tensor coarse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, int "
+    "max_seqlen_k, int block_size, int size, int stride, int ratio, float scaling) -> Tensor"
 )
 def _block_scores(
-    query, fine, coarse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size, size, stride, ratio, scaling
+    query,
+    fine,
+    coarse,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    block_size,
+    size,
+    stride,
+    ratio,
+    scaling,
 ):
     _score_tensors(3, query, fine, coarse, 1, 1)
     _indices(query, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
@@ -313,13 +357,35 @@ def _block_scores(
     _cu_seqlens("cu_seqlens_q", cu_seqlens_q, query.shape[0], max_seqlen_q)
     _pair(cu_seqlens_q, cu_seqlens_k)
     return implementation(query).block_scores(
-        query, fine, coarse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size, size, stride, ratio, scaling
+        query,
+        fine,
+        coarse,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        block_size,
+        size,
+        stride,
+        ratio,
+        scaling,
     )
 
 
 @_fake
 def _fake_block_scores(
-    query, fine, coarse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size, size, stride, ratio, scaling
+    query,
+    fine,
+    coarse,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    block_size,
+    size,
+    stride,
+    ratio,
+    scaling,
 ):
     num_blocks = (max_seqlen_k + block_size - 1) // block_size
     return query.new_empty((fine.shape[1], query.shape[0], num_blocks), dtype=torch.float32)
@@ -341,9 +407,10 @@ def block_scores(
     scaling: float | None = None,
 ) -> torch.Tensor:
     """
-    How much each block promises each query: `exp(q k_fine - LSE over visible coarse keys)`, summed over the query heads
-    of a group, then the maximum over the fine keys that overlap the block (MiniCPM4, arXiv 2506.07900, section 2.1).
-    Windows that do not end at or before the query count 0; so does everything before the first coarse window ends.
+    How much each block promises each query: `exp(q k_fine - LSE over visible coarse keys)`, summed over the query
+    heads of a group, then the maximum over the fine keys that overlap the block (MiniCPM4, arXiv 2506.07900, section
+    2.1). Windows that do not end at or before the query count 0; so does everything before the first coarse window
+    ends.
 
     Args:
         query (`[S, H, D]`), fine and coarse (from `compress_keys`), cu_seqlens_q, cu_seqlens_k (int32 `[B + 1]`; the
@@ -357,15 +424,28 @@ def block_scores(
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return ops.block_scores(
-        query, fine, coarse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size, size, stride, ratio, scaling
+        query,
+        fine,
+        coarse,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        block_size,
+        size,
+        stride,
+        ratio,
+        scaling,
     )
 
 
 @_operator(
-    "(Tensor query, Tensor fine, Tensor coarse, Tensor lengths, Tensor? positions, int max_length, int block_size, int size, "
-    "int stride, int ratio, float scaling) -> Tensor"
+    "(Tensor query, Tensor fine, Tensor coarse, Tensor lengths, Tensor? positions, int max_length, int block_size, "
+    "int size, int stride, int ratio, float scaling) -> Tensor"
 )
-def _block_scores_decode(query, fine, coarse, lengths, positions, max_length, block_size, size, stride, ratio, scaling):
+def _block_scores_decode(
+    query, fine, coarse, lengths, positions, max_length, block_size, size, stride, ratio, scaling
+):
     _score_tensors(4, query, fine, coarse, 2, 1)
     _indices(query, lengths=lengths, positions=positions)
     _windows(size, stride, ratio, block_size)
@@ -373,7 +453,10 @@ def _block_scores_decode(query, fine, coarse, lengths, positions, max_length, bl
     _decode_rows(query, fine, lengths, positions)
     if _looks_at_values(lengths):
         longest = int(lengths.max())
-        for name, keys, wide, apart in (("fine", fine, size, stride), ("coarse", coarse, size * ratio, stride * ratio)):
+        for name, keys, wide, apart in (
+            ("fine", fine, size, stride),
+            ("coarse", coarse, size * ratio, stride * ratio),
+        ):
             if plain.windows(longest, wide, apart) > keys.shape[2]:
                 raise ValueError(
                     f"infllm-v2: a row of {longest} tokens has {plain.windows(longest, wide, apart)} {name} keys, the "
@@ -389,7 +472,9 @@ def _block_scores_decode(query, fine, coarse, lengths, positions, max_length, bl
 def _decode_rows(query, cache, lengths, positions):
     batch, queries = query.shape[:2]
     if not 1 <= queries <= 64:
-        raise ValueError(f"infllm-v2: {queries} queries a row; decoding takes 1 to 64. Use block_scores and sparse_attention.")
+        raise ValueError(
+            f"infllm-v2: {queries} queries a row; decoding takes 1 to 64. Use block_scores and sparse_attention."
+        )
     if cache is not None and cache.shape[0] != batch:
         raise ValueError(f"infllm-v2: {batch} rows of queries, {cache.shape[0]} of keys.")
     _rows("lengths", lengths, (batch,))
@@ -399,7 +484,9 @@ def _decode_rows(query, cache, lengths, positions):
 
 
 @_fake
-def _fake_block_scores_decode(query, fine, coarse, lengths, positions, max_length, block_size, size, stride, ratio, scaling):
+def _fake_block_scores_decode(
+    query, fine, coarse, lengths, positions, max_length, block_size, size, stride, ratio, scaling
+):
     num_blocks = (max_length + block_size - 1) // block_size
     return query.new_empty((fine.shape[1], query.shape[0] * query.shape[1], num_blocks), dtype=torch.float32)
 
@@ -439,7 +526,7 @@ def block_scores_decode(
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- selection
+# ----------------------------------------------------------------------------------------------------------- selection
 
 
 @_operator(
@@ -459,17 +546,19 @@ def _select_blocks(scores, positions, num_selected, init_blocks, window_blocks, 
         low, high = int(positions.min()), int(positions.max())
         if low < 0 or high >= scores.shape[2] * block_size:
             raise ValueError(
-                f"infllm-v2: positions hold {low} ... {high}; {scores.shape[2]} blocks of {block_size} tokens allow 0 ... "
-                f"{scores.shape[2] * block_size - 1}."
+                f"infllm-v2: positions hold {low} ... {high}; {scores.shape[2]} blocks of {block_size} tokens allow "
+                f"0 ... {scores.shape[2] * block_size - 1}."
             )
-    return implementation(scores).select_blocks(scores, positions, num_selected, init_blocks, window_blocks, block_size)
+    return implementation(scores).select_blocks(
+        scores, positions, num_selected, init_blocks, window_blocks, block_size
+    )
 
 
 def _selection(num_selected, init_blocks, window_blocks):
     if init_blocks < 0 or window_blocks < 0 or num_selected < init_blocks + window_blocks + 1:
         raise ValueError(
-            f"infllm-v2: {num_selected} blocks selected, of which {init_blocks} initial, {window_blocks} of the window and "
-            "the query's own are forced; num_selected must be at least their sum."
+            f"infllm-v2: {num_selected} blocks selected, of which {init_blocks} initial, {window_blocks} of the "
+            "window and the query's own are forced; num_selected must be at least their sum."
         )
 
 
@@ -503,7 +592,7 @@ def select_blocks(
     return ops.select_blocks(scores, positions, num_selected, init_blocks, window_blocks, block_size)
 
 
-# -------------------------------------------------------------------------------------------------------------- attention
+# ----------------------------------------------------------------------------------------------------------- attention
 
 
 def _attention_inputs(query, key, value, blocks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size):
@@ -520,10 +609,12 @@ def _attention_inputs(query, key, value, blocks, cu_seqlens_q, cu_seqlens_k, max
 
 
 @_operator(
-    "(Tensor query, Tensor key, Tensor value, Tensor blocks, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, "
-    "int max_seqlen_k, int block_size, float scaling) -> (Tensor, Tensor)"
+    "(Tensor query, Tensor key, Tensor value, Tensor blocks, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int "
+    "max_seqlen_q, int max_seqlen_k, int block_size, float scaling) -> (Tensor, Tensor)"
 )
-def _sparse_attention(query, key, value, blocks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size, scaling):
+def _sparse_attention(
+    query, key, value, blocks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size, scaling
+):
     _attention_inputs(query, key, value, blocks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size)
     return implementation(query).sparse_attention(
         query, key, value, blocks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size, scaling
@@ -531,16 +622,31 @@ def _sparse_attention(query, key, value, blocks, cu_seqlens_q, cu_seqlens_k, max
 
 
 @_fake
-def _fake_sparse_attention(query, key, value, blocks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size, scaling):
+def _fake_sparse_attention(
+    query, key, value, blocks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size, scaling
+):
     return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float32)
 
 
 @_operator(
-    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor output, Tensor lse, Tensor blocks, Tensor cu_seqlens_q, "
-    "Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, int block_size, float scaling) -> (Tensor, Tensor, Tensor)"
+    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor output, Tensor lse, Tensor blocks, Tensor "
+    "cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, int block_size, float scaling) -> "
+    "(Tensor, Tensor, Tensor)"
 )
 def _sparse_attention_backward(
-    grad, query, key, value, output, lse, blocks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size, scaling
+    grad,
+    query,
+    key,
+    value,
+    output,
+    lse,
+    blocks,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    block_size,
+    scaling,
 ):
     """
     Gradients of `sparse_attention` for `grad` (`[S, H, D]`): of query, key and value. Bit for bit the same in every
@@ -549,20 +655,32 @@ def _sparse_attention_backward(
     _attention_inputs(query, key, value, blocks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size)
     if grad.shape != query.shape or output.shape != query.shape or lse.shape != query.shape[:2]:
         raise ValueError(
-            f"infllm-v2: grad {tuple(grad.shape)}, output {tuple(output.shape)} and lse {tuple(lse.shape)} do not fit query "
-            f"{tuple(query.shape)}."
+            f"infllm-v2: grad {tuple(grad.shape)}, output {tuple(output.shape)} and lse {tuple(lse.shape)} do not "
+            f"fit query {tuple(query.shape)}."
         )
     module = implementation(query)
     backward = getattr(module, "sparse_attention_backward", plain.sparse_attention_backward)
     return backward(
-        grad.contiguous(), query, key, value, output, lse, blocks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        block_size, scaling,
+        grad.contiguous(), query, key, value, output, lse, blocks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+        max_seqlen_k, block_size, scaling,
     )  # fmt: skip
 
 
 @_fake
 def _fake_sparse_attention_backward(
-    grad, query, key, value, output, lse, blocks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size, scaling
+    grad,
+    query,
+    key,
+    value,
+    output,
+    lse,
+    blocks,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    block_size,
+    scaling,
 ):
     return tuple(tensor.new_empty(tensor.shape) for tensor in (query, key, value))
 
@@ -581,7 +699,9 @@ def _backward(ctx, grad, _):
     return (*gradients, *[None] * 7)
 
 
-torch.library.register_autograd(add_op_namespace_prefix("sparse_attention"), _backward, setup_context=_save, lib=_library)
+torch.library.register_autograd(
+    add_op_namespace_prefix("sparse_attention"), _backward, setup_context=_save, lib=_library
+)
 
 
 def sparse_attention(
@@ -638,10 +758,17 @@ def _sparse_attention_decode(
     batch, queries = query.shape[:2]
     _decode_rows(query, key if page_table is None else None, lengths, positions)
     if (blocks is None) == (scores is None):
-        raise ValueError("infllm-v2: pass either blocks (chosen before) or scores (to choose from), not both and not neither.")
+        raise ValueError(
+            "infllm-v2: pass either blocks (chosen before) or scores (to choose from), not both and not neither."
+        )
     if scores is not None:
         _selection(num_selected, init_blocks, window_blocks)
-        if scores.dim() != 3 or scores.dtype != torch.float32 or tuple(scores.shape[:2]) != (key.shape[1], batch * queries) or not scores.is_contiguous():
+        if (
+            scores.dim() != 3
+            or scores.dtype != torch.float32
+            or tuple(scores.shape[:2]) != (key.shape[1], batch * queries)
+            or not scores.is_contiguous()
+        ):
             raise ValueError(
                 f"infllm-v2: scores must be contiguous float32 [{key.shape[1]}, {batch * queries}, blocks], got "
                 f"{scores.dtype} {tuple(scores.shape)}."
@@ -654,27 +781,33 @@ def _sparse_attention_decode(
         if starts is not None:
             raise ValueError("infllm-v2: starts is for contiguous caches; a paged row begins with its first page.")
     _rows("starts", starts, (batch,))
-    if tree_mask is not None and (tree_mask.dtype != torch.int64 or tuple(tree_mask.shape) != (batch, queries) or not tree_mask.is_contiguous()):
+    if tree_mask is not None and (
+        tree_mask.dtype != torch.int64 or tuple(tree_mask.shape) != (batch, queries) or not tree_mask.is_contiguous()
+    ):
         raise ValueError(
-            f"infllm-v2: tree_mask must be contiguous int64 [{batch}, {queries}], bit j of an entry allowing draft j; got "
-            f"{tree_mask.dtype} {tuple(tree_mask.shape)}."
+            f"infllm-v2: tree_mask must be contiguous int64 [{batch}, {queries}], bit j of an entry allowing draft "
+            f"j; got {tree_mask.dtype} {tuple(tree_mask.shape)}."
         )
     if _looks_at_values(lengths) and batch:
         longest = int((lengths if starts is None else lengths + starts).max())
         room = key.shape[2] if page_table is None else page_table.shape[1] * key.shape[2]
         if longest > room or int(lengths.min()) < 1:
-            raise ValueError(f"infllm-v2: rows of {lengths.tolist()[:8]} tokens; the cache has room for {room}, at least 1.")
+            raise ValueError(
+                f"infllm-v2: rows of {lengths.tolist()[:8]} tokens; the cache has room for {room}, at least 1."
+            )
         if page_table is not None:
             used = page_table[torch.arange(page_table.shape[1]) * key.shape[2] < lengths[:, None]]
             if int(used.min()) < 0 or int(used.max()) >= key.shape[0]:
-                raise ValueError(f"infllm-v2: page_table names pages {int(used.min())} ... {int(used.max())} of {key.shape[0]}.")
+                raise ValueError(
+                    f"infllm-v2: page_table names pages {int(used.min())} ... {int(used.max())} of {key.shape[0]}."
+                )
         if blocks is not None:
             _blocks(blocks, key.shape[1], batch * queries, -(-room // block_size))
     elif blocks is not None:
         _blocks(blocks, key.shape[1], batch * queries, 1 << 30)
     return implementation(query).sparse_attention_decode(
-        query, key, value, blocks, scores, lengths, positions, starts, page_table, tree_mask, num_selected, init_blocks,
-        window_blocks, block_size, scaling,
+        query, key, value, blocks, scores, lengths, positions, starts, page_table, tree_mask, num_selected,
+        init_blocks, window_blocks, block_size, scaling,
     )  # fmt: skip
 
 
@@ -711,12 +844,13 @@ def sparse_attention_decode(
 
     Args:
         query (`[B, S, H, D]`).
-        key, value (`[B, G, N, D]`): the cache, the queries' own keys included; with `page_table` `[pages, G, page size,
+        key, value (`[B, G, N, D]`): the cache, the queries' own keys included; with `page_table` `[pages, G,
+        page size,
             D]`, a page being a whole number of blocks.
         lengths (int32 `[B]`): tokens of each row, the queries included.
         blocks (int32 `[G, B * S, T]`) or scores (float32 `[G, B * S, M]`, from `block_scores_decode`).
-        positions (int32 `[B, S]`): of each query, by default the last `S` of the row. A tree's queries share positions.
-        starts (int32 `[B]`): first slot of each row (left padding), by default 0.
+        positions (int32 `[B, S]`): of each query, by default the last `S` of the row. A tree's queries share
+        positions. starts (int32 `[B]`): first slot of each row (left padding), by default 0.
         page_table (int32 `[B, pages of the longest row]`).
         tree_mask (int64 `[B, S]`): the last `S` slots of a row are drafts; query `i` reads draft `j` if bit `j` is set
             (its ancestors and itself), and of the tokens before the drafts those of its blocks.
@@ -729,6 +863,6 @@ def sparse_attention_decode(
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return ops.sparse_attention_decode(
-        query, key, value, blocks, scores, lengths, positions, starts, page_table, tree_mask, num_selected, init_blocks,
-        window_blocks, block_size, scaling,
+        query, key, value, blocks, scores, lengths, positions, starts, page_table, tree_mask, num_selected,
+        init_blocks, window_blocks, block_size, scaling,
     )  # fmt: skip

@@ -1,12 +1,12 @@
 """
-Every operator in plain PyTorch: the definition that the Triton and C++ kernels are checked against, and what runs where
-neither can.
+Every operator in plain PyTorch: the definition that the Triton and C++ kernels are checked against, and what runs
+where neither can.
 
 Rows of different length lie packed one after another, as in FlashAttention's variable-length functions: row `b` owns
 queries `cu_seqlens_q[b] ... cu_seqlens_q[b + 1] - 1` and keys alike; its queries are the last of its positions.
 
-Shape letters: `B` rows, `S` queries of all rows, `N` keys of all rows, `H` query heads, `G` key/value heads, `R = H / G`
-query heads a group, `D` head size, `M` blocks of the longest row, `T` selected blocks, `K` fine and `C` coarse
+Shape letters: `B` rows, `S` queries of all rows, `N` keys of all rows, `H` query heads, `G` key/value heads, `R = H
+/ G` query heads a group, `D` head size, `M` blocks of the longest row, `T` selected blocks, `K` fine and `C` coarse
 compressed keys.
 """
 
@@ -55,7 +55,18 @@ def windows(length: int, size: int, stride: int) -> int:
 
 
 def block_scores(
-    query, fine, coarse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size, size, stride, ratio, scaling
+    query,
+    fine,
+    coarse,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    block_size,
+    size,
+    stride,
+    ratio,
+    scaling,
 ):
     """See `ops.block_scores`."""
     groups = fine.shape[1]
@@ -157,7 +168,9 @@ def _attend(query, key, value, allowed, scaling):
     return output.permute(2, 0, 1, 3).flatten(1, 2).to(query.dtype), lse.permute(2, 0, 1).flatten(1, 2)
 
 
-def sparse_attention(query, key, value, blocks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size, scaling):
+def sparse_attention(
+    query, key, value, blocks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size, scaling
+):
     """See `ops.sparse_attention`."""
     output = torch.zeros_like(query, memory_format=torch.contiguous_format)
     lse = query.new_full(query.shape[:2], -torch.inf, dtype=torch.float32)
@@ -168,7 +181,19 @@ def sparse_attention(query, key, value, blocks, cu_seqlens_q, cu_seqlens_k, max_
 
 
 def sparse_attention_backward(
-    grad, query, key, value, output, lse, blocks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size, scaling
+    grad,
+    query,
+    key,
+    value,
+    output,
+    lse,
+    blocks,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    block_size,
+    scaling,
 ):
     """See `ops.sparse_attention_backward`."""
     grad_query = torch.zeros_like(query, memory_format=torch.contiguous_format)
@@ -205,7 +230,21 @@ def _chunks(cu_seqlens_q, cu_seqlens_k, device):
 
 
 def sparse_attention_decode(
-    query, key, value, blocks, scores, lengths, positions, starts, page_table, tree_mask, num_selected, init_blocks, window_blocks, block_size, scaling
+    query,
+    key,
+    value,
+    blocks,
+    scores,
+    lengths,
+    positions,
+    starts,
+    page_table,
+    tree_mask,
+    num_selected,
+    init_blocks,
+    window_blocks,
+    block_size,
+    scaling,
 ):
     """See `ops.sparse_attention_decode`."""
     batch, queries = query.shape[:2]

@@ -6,8 +6,8 @@ walks through the union of its queries' blocks, each block with a bit mask of wh
 tile, and the products are large enough for the tensor cores.
 
 The gradients of keys and values go the other way: the (query, block) pairs are sorted by block, and a program walks
-through the queries of one block. Popular blocks (the first one is read by all) are cut into segments whose partial sums
-are added in a fixed order, so nothing is atomic and every run gives the same bits.
+through the queries of one block. Popular blocks (the first one is read by all) are cut into segments whose partial
+sums are added in a fixed order, so nothing is atomic and every run gives the same bits.
 
 Shape letters: see `ops`. In kernels: `Q` queries a tile, `P` heads a query (padded), `U = Q * T` room for a union.
 """
@@ -73,7 +73,10 @@ def _union(blocks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, block_size, queries
 
 @triton.jit
 def _tile_rows(part, b, cu_seqlens_q, cu_seqlens_k, R: tl.constexpr, Q: tl.constexpr, P: tl.constexpr):
-    """A tile's rows: query in its row of the batch, head, whether real, position; and where its row begins and ends."""
+    """
+    A tile's rows: query in its row of the batch, head, whether real, position; and where its row begins and
+    ends.
+    """
     q_start, k_start = tl.load(cu_seqlens_q + b), tl.load(cu_seqlens_k + b)
     q_length, k_length = tl.load(cu_seqlens_q + b + 1) - q_start, tl.load(cu_seqlens_k + b + 1) - k_start
     row = tl.arange(0, Q * P)
@@ -184,11 +187,14 @@ def _backward_query_kernel(
 @triton.jit
 def _backward_key_kernel(
     grad, query, key, value, lse, delta, partial, readers, reader_starts, segment_blocks, segment_firsts, block_rows,
-    cu_seqlens_q, cu_seqlens_k, stride_qs, stride_qh, stride_kn, stride_kg, stride_vn, stride_vg, blocks_a_head, heads, scale,
-    BLOCK: tl.constexpr, BP: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, Q: tl.constexpr,
-    P: tl.constexpr, SEGMENT: tl.constexpr, STAGES: tl.constexpr,
+    cu_seqlens_q, cu_seqlens_k, stride_qs, stride_qh, stride_kn, stride_kg, stride_vn, stride_vg, blocks_a_head, heads,
+    scale, BLOCK: tl.constexpr, BP: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, Q: tl.constexpr,
+    P: tl.constexpr, KEYS: tl.constexpr, SEGMENT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program: one segment of the queries that read one key block; unscaled sums `[2, BP, DP]` in float32."""
+    """
+    Program: one segment of the queries that read one key block, and `KEYS` of its keys; unscaled sums `[2, BP, DP]` in
+    float32.
+    """
     segment = tl.program_id(0).to(tl.int64)
     flat = tl.load(segment_blocks + segment)
     if flat < 0:
@@ -199,15 +205,16 @@ def _backward_key_kernel(
     k_length = tl.load(cu_seqlens_k + b + 1) - k_start
     shift = k_length - (tl.load(cu_seqlens_q + b + 1) - q_start) - q_start  # from query to position
     block = flat % blocks_a_head - (k_start // BLOCK + b)
-    feature, token, row = tl.arange(0, DP), tl.arange(0, BP), tl.arange(0, Q * P)
+    feature, row = tl.arange(0, DP), tl.arange(0, Q * P)
+    token = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
     n = block * BLOCK + token
     present = (token < BLOCK) & (n < k_length)
     there = inside_of(present, feature, D, DP)
     at = (k_start + n).to(tl.int64)[:, None]
     k = tl.load(key + g * stride_kg + at * stride_kn + feature[None, :], mask=there, other=0.0)
     v = tl.load(value + g * stride_vg + at * stride_vn + feature[None, :], mask=there, other=0.0)
-    grad_k = tl.zeros([BP, DP], tl.float32)
-    grad_v = tl.zeros([BP, DP], tl.float32)
+    grad_k = tl.zeros([KEYS, DP], tl.float32)
+    grad_v = tl.zeros([KEYS, DP], tl.float32)
     first = tl.load(reader_starts + flat) + tl.load(segment_firsts + segment)
     last = tl.minimum(first + SEGMENT, tl.load(reader_starts + flat + 1))
     head = row % P
@@ -268,7 +275,7 @@ def _stages(query: torch.Tensor, tiles: int) -> int:
 
 def _shapes(query, key, block_size):
     group = query.shape[1] // key.shape[1]
-    queries, padded = tile(group)
+    queries, padded = tile(group, power_of_two(query.shape[2]) * query.element_size())
     padded = max(padded, 16 // queries)  # tensor cores want 16 rows
     width = query.shape[2]
     return (
@@ -292,9 +299,9 @@ def sparse_attention(
     union, counts = _union(blocks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, block_size, queries)
     grid = (triton.cdiv(max_seqlen_q, queries), cu_seqlens_q.shape[0] - 1, key.shape[1])
     _forward_kernel[grid](
-        query, key, value, output, lse, union, counts, cu_seqlens_q, cu_seqlens_k, *query.stride()[:2], *key.stride()[:2],
-        *value.stride()[:2], counts.shape[1], union.shape[2], query.shape[1], scaling * LOG2E, *shapes, queries, padded,
-        _stages(query, 2), num_warps=attention_warps(query),
+        query, key, value, output, lse, union, counts, cu_seqlens_q, cu_seqlens_k, *query.stride()[:2],
+        *key.stride()[:2], *value.stride()[:2], counts.shape[1], union.shape[2], query.shape[1], scaling * LOG2E,
+        *shapes, queries, padded, _stages(query, 2), num_warps=attention_warps(query),
     )  # fmt: skip
     return output, lse
 
@@ -302,15 +309,15 @@ def sparse_attention(
 def _check_blocks(max_seqlen_k, block_size):
     if triton.cdiv(max_seqlen_k, block_size) > MAX_BLOCKS:
         raise ValueError(
-            f"infllm-v2: rows of {max_seqlen_k} tokens have more than {MAX_BLOCKS} blocks of {block_size} tokens, which is the "
-            "kernel's limit."
+            f"infllm-v2: rows of {max_seqlen_k} tokens have more than {MAX_BLOCKS} blocks of {block_size} tokens, "
+            "which is the kernel's limit."
         )
 
 
 def _readers(blocks, cu_seqlens_q, cu_seqlens_k, tokens, block_size):
     """
-    For every key block of every head the queries that read it, in order. Blocks are numbered through: row `b`'s begin at
-    `cu_seqlens_k[b] // block_size + b`.
+    For every key block of every head the queries that read it, in order. Blocks are numbered through: row `b`'s
+    begin at `cu_seqlens_k[b] // block_size + b`.
 
     Returns:
         readers (int32), where each block's begin (int32), the row each number belongs to (int32).
@@ -387,13 +394,14 @@ def sparse_attention_backward(
     owner = torch.where(owner < total, owner, -1)
     block, width = shapes[1], shapes[4]
     partial = torch.empty((most, 2, block, width), dtype=torch.float32, device=key.device)
-    _backward_key_kernel[(most,)](
+    keys = block if width * query.element_size() <= 256 else min(block, 32)
+    _backward_key_kernel[most, block // keys](
         grad, query, key, value, lse, delta, partial, readers, starts, owner, firsts, block_rows, cu_seqlens_q,
-        cu_seqlens_k, *strides, each, heads, scaling * LOG2E, *shapes, queries, padded, SEGMENT, _stages(query, 2),
-        num_warps=8 if width >= 128 else 4,
+        cu_seqlens_k, *strides, each, heads, scaling * LOG2E, *shapes, queries, padded, keys, SEGMENT,
+        _stages(query, 2), num_warps=8 if width >= 128 else 4,
     )  # fmt: skip
     _sum_segments_kernel[(total,)](
-        partial, grad_key, grad_value, segment_starts, block_rows, cu_seqlens_k, each, groups, scaling, shapes[0], block,
-        shapes[3], width, num_warps=4,
+        partial, grad_key, grad_value, segment_starts, block_rows, cu_seqlens_k, each, groups, scaling, shapes[0],
+        block, shapes[3], width, num_warps=4,
     )  # fmt: skip
     return grad_query, grad_key, grad_value

@@ -1,4 +1,7 @@
-"""What several kernels share. Shapes follow `ops`; a tile holds some queries of one row times the heads of one group."""
+"""
+What several kernels share. Shapes follow `ops`; a tile holds some queries of one row times the heads of one
+group.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,17 @@ import triton.language as tl
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _INTERPRET = tl.constexpr(INTERPRET)
 LOG2E = 1.4426950408889634
-# Rows of a tile: what a tensor core instruction fills, and few enough that the accumulators stay in registers.
-ROWS = 64
+# float32 products as three TF32 ones on NVIDIA's tensor cores (error near float32's own): with plain float32
+# arithmetic the tiles do not fit the registers.
+_PRECISION = tl.constexpr("ieee" if INTERPRET or torch.version.hip else "tf32x3")
 
 
 @triton.jit
 def dot(a, b):
-    """Matrix product with float32 accumulation, exact for float32 inputs."""
+    """Matrix product with float32 accumulation; float32 inputs keep their precision."""
     if _INTERPRET:  # the interpreter's product of bfloat16 operands is wrong
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
+    return tl.dot(a, b, input_precision=_PRECISION)
 
 
 @triton.jit
@@ -50,19 +54,27 @@ def _capability(index: int | None) -> int:
 
 
 def attention_warps(tensor: torch.Tensor) -> int:
-    """Warps of a 64-row tile: a warpgroup instruction takes four; older tensor cores need eight to hold the accumulators."""
+    """
+    Warps of a 64-row tile: a warpgroup instruction takes four; older tensor cores need eight to hold the
+    accumulators.
+    """
     if CAPABILITY is None:
         major = _capability(tensor.device.index) if tensor.is_cuda else 8
     else:
         major = CAPABILITY
-    return 4 if major in (9, 10, 11) else 8
+    return 4 if major in (9, 10, 11) and tensor.element_size() == 2 else 8
 
 
 def power_of_two(number: int) -> int:
     return triton.next_power_of_2(number)
 
 
-def tile(group: int) -> tuple[int, int]:
-    """Queries a tile and heads a query (padded), so that their product is `ROWS` where the group allows."""
+def tile(group: int, row_bytes: int) -> tuple[int, int]:
+    """
+    Queries a tile and heads a query (padded). Their product is 64 where the group allows: what a tensor core
+    instruction fills, and few enough that the accumulators stay in registers; fewer where a row has more than 256
+    bytes.
+    """
     heads = power_of_two(group)
-    return min(max(ROWS // heads, 1), 16), heads
+    rows = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
+    return min(max(rows // heads, 1), 16), heads

@@ -93,7 +93,7 @@ def _decode_kernel(
         k = tl.load(key + k_at[:, None] + feature[None, :], mask=there, other=0.0)
         v = tl.load(value + v_at[:, None] + feature[None, :], mask=there, other=0.0)
         peak, mass, total = _step(q, k, v, allowed, scale, peak, mass, total)
-    if TREE:
+    if TREE:  # noqa: SIM102 - decided when compiling, the inner one on the device
         if split == SPLITS - 1:
             draft = tl.arange(0, SP)
             n = length - S + draft
@@ -116,8 +116,8 @@ def _decode_kernel(
 
 @triton.jit
 def _combine_kernel(
-    partial, output, num_rows, GROUPS: tl.constexpr, R: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    SPLITS: tl.constexpr,
+    partial, output, num_rows, GROUPS: tl.constexpr, R: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
+    DP: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Program: one query and head; adds the shares, weighted by their log-sum-exp."""
     s, g, h = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -175,9 +175,9 @@ def sparse_attention_decode(
         lengths if page_table is None else page_table, lengths if tree_mask is None else tree_mask, output, partial,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], queries, rows, listed, columns,
         0 if page_table is None else page_table.shape[1], scaling * LOG2E, num_selected, init_blocks, window_blocks,
-        power_of_two(columns), power_of_two(max(listed, 1)), scores is not None, positions is not None, starts is not None,
-        page_table is not None, page, tree_mask is not None, max(power_of_two(queries), 16), block_size,
-        power_of_two(max(block_size, 16)), groups, group, padded, width, features, splits,
+        power_of_two(columns), power_of_two(max(listed, 1)), scores is not None, positions is not None,
+        starts is not None, page_table is not None, page, tree_mask is not None, max(power_of_two(queries), 16),
+        block_size, power_of_two(max(block_size, 16)), groups, group, padded, width, features, splits,
         num_warps=8 if vector > 512 else 4, num_stages=2,
     )  # fmt: skip
     if splits > 1:

@@ -1,8 +1,8 @@
 """
 Choosing blocks: compressed keys, block scores, top-k.
 
-Scores are computed with the keys as rows and the queries as columns of the product, so that the heads of a query lie next
-to each other in a thread and their sum costs few exchanges.
+Scores are computed with the keys as rows and the queries as columns of the product, so that the heads of a query lie
+next to each other in a thread and their sum costs few exchanges.
 
 Shape letters: see `ops`. In kernels: `Q` queries a tile, `P` heads a query (padded to a power of two).
 """
@@ -75,8 +75,8 @@ def _compress_kernel(
     first = count_windows(before, SIZE * RATIO, STRIDE * RATIO) + part * COUNT
     last = count_windows(length, SIZE * RATIO, STRIDE * RATIO)
     _write_means(
-        source, coarse + b * stride_cb + g * stride_cg, stride_kn, stride_ck, first, last, SIZE * RATIO, STRIDE * RATIO, D,
-        DP, COUNT,
+        source, coarse + b * stride_cb + g * stride_cg, stride_kn, stride_ck, first, last, SIZE * RATIO,
+        STRIDE * RATIO, D, DP, COUNT,
     )  # fmt: skip
 
 
@@ -84,8 +84,8 @@ def _compress(key, fine, coarse, starts, done, lengths, tokens, strides, rows, g
     width, count = key.shape[-1], 4
     grid = (triton.cdiv(tokens // stride + 1, count * ratio), rows, groups)
     _compress_kernel[grid](
-        key, fine, coarse, starts, done, lengths, *strides, size, stride, ratio, width, power_of_two(width), packed, count,
-        num_warps=4,
+        key, fine, coarse, starts, done, lengths, *strides, size, stride, ratio, width, power_of_two(width), packed,
+        count, num_warps=4,
     )  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def update_compressed_keys(key, fine, coarse, starts, done, lengths, max_new, si
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------- scores
+# -------------------------------------------------------------------------------------------------------------- scores
 
 
 @triton.jit
@@ -151,7 +151,10 @@ def _normaliser(
     columns, coarse, stride_k, seen, begin, end, scale, D: tl.constexpr, DP: tl.constexpr, KEYS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Largest logit (base 2) and sum of `exp2(logit - largest)` over coarse keys `begin ... end - 1`, a column each."""
+    """
+    Largest logit (base 2) and sum of `exp2(logit - largest)` over coarse keys `begin ... end - 1`, a column
+    each.
+    """
     feature = tl.arange(0, DP)
     peak = tl.full([COLUMNS], float("-inf"), tl.float32)
     mass = tl.zeros([COLUMNS], tl.float32)
@@ -173,13 +176,13 @@ def _pool(
     BLOCKS: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, STEP: tl.constexpr, BEFORE: tl.constexpr,
 ):  # fmt: skip
     """
-    Scores of blocks `begin ... end - 1`, to rows of memory `to` (`[Q]`): the largest, over the fine keys that overlap a
-    block, of the sum over heads. A block overlaps the `STEP` windows that start in it and the `BEFORE` that reach into it;
-    one loop over both keeps one tile of keys in flight, not one for each window.
+    Scores of blocks `begin ... end - 1`, to rows of memory `to` (`[Q]`): the largest, over the fine keys that
+    overlap a block, of the sum over heads. A block overlaps the `STEP` windows that start in it and the `BEFORE`
+    that reach into it; one loop over both keeps one tile of keys in flight, not one for each window.
     """
     feature = tl.arange(0, DP)
     best = tl.zeros([BLOCKS, Q], tl.float32)
-    for i in range(0, tl.cdiv(end - begin, BLOCKS) * (STEP + BEFORE)):
+    for i in range(tl.cdiv(end - begin, BLOCKS) * (STEP + BEFORE)):
         j = i % (STEP + BEFORE)
         block = begin + i // (STEP + BEFORE) * BLOCKS + tl.arange(0, BLOCKS)
         k = block * STEP + (j - BEFORE)
@@ -198,8 +201,8 @@ def _pool(
 def _scores_kernel(
     query, fine, coarse, scores, cu_seqlens_q, cu_seqlens_k,
     stride_qs, stride_qh, stride_fk, stride_fg, stride_ck, stride_cg, num_queries, num_blocks, scale,
-    SIZE: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
-    DP: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, KEYS: tl.constexpr, BLOCKS: tl.constexpr,
+    SIZE: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, KEYS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Program: a tile of one row's queries, the longest past first."""
     part = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -249,12 +252,13 @@ def block_scores(
     num_blocks = triton.cdiv(max_seqlen_k, block_size)
     scores = query.new_zeros((groups, queries, num_blocks), dtype=torch.float32)
     if queries:
-        columns, padded = tile(heads // groups)
+        columns, padded = tile(heads // groups, power_of_two(width) * query.element_size())
         grid = (triton.cdiv(max_seqlen_q, columns), cu_seqlens_q.shape[0] - 1, groups)
         _scores_kernel[grid](
             query, fine, coarse, scores, cu_seqlens_q, cu_seqlens_k, *query.stride()[:2], *fine.stride()[:2],
-            *coarse.stride()[:2], queries, num_blocks, scaling * LOG2E, size, stride, ratio, block_size, heads // groups,
-            width, power_of_two(max(width, 16)), columns, padded, 64, 64, num_warps=4, num_stages=2,
+            *coarse.stride()[:2], queries, num_blocks, scaling * LOG2E, size, stride, ratio, block_size,
+            heads // groups, width, power_of_two(max(width, 16)), columns, padded, 64, 64,
+            num_warps=4 if query.element_size() == 2 else 8, num_stages=2,
         )  # fmt: skip
     return scores
 
@@ -276,9 +280,10 @@ def _decode_tile(
 
 @triton.jit
 def _decode_normaliser_kernel(
-    query, coarse, partial, lengths, positions, stride_qb, stride_qs, stride_qh, stride_cb, stride_cg, stride_ck, S, scale,
-    SIZE: tl.constexpr, STRIDE: tl.constexpr, GROUPS: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    Q: tl.constexpr, P: tl.constexpr, POSITIONS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+    query, coarse, partial, lengths, positions, stride_qb, stride_qs, stride_qh, stride_cb, stride_cg, stride_ck, S,
+    scale, SIZE: tl.constexpr, STRIDE: tl.constexpr, GROUPS: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+    DP: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, POSITIONS: tl.constexpr, KEYS: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Program: a share of one row's coarse keys (`SIZE` and `STRIDE` are theirs)."""
     pair, part, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -290,8 +295,8 @@ def _decode_normaliser_kernel(
     share = tl.cdiv(tl.cdiv(total, SPLITS), KEYS) * KEYS
     begin = split * share
     peak, mass = _normaliser(
-        columns, coarse + b * stride_cb + g * stride_cg, stride_ck, seen, begin, tl.minimum(begin + share, total), scale, D,
-        DP, KEYS, Q * P,
+        columns, coarse + b * stride_cb + g * stride_cg, stride_ck, seen, begin, tl.minimum(begin + share, total),
+        scale, D, DP, KEYS, Q * P,
     )  # fmt: skip
     column = tl.arange(0, Q * P)
     to = partial + ((pair * tl.num_programs(1) + part) * SPLITS + split).to(tl.int64) * (2 * Q * P)
@@ -301,11 +306,10 @@ def _decode_normaliser_kernel(
 
 @triton.jit
 def _decode_scores_kernel(
-    query, fine, scores, partial, lengths, positions, stride_qb, stride_qs, stride_qh, stride_fb, stride_fg, stride_fk, S,
-    num_rows, num_blocks, share, scale,
-    SIZE: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr,
-    R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, POSITIONS: tl.constexpr,
-    BLOCKS: tl.constexpr, SPLITS: tl.constexpr,
+    query, fine, scores, partial, lengths, positions, stride_qb, stride_qs, stride_qh, stride_fb, stride_fg, stride_fk,
+    S, num_rows, num_blocks, share, scale, SIZE: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr,
+    BLOCK: tl.constexpr, GROUPS: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, Q: tl.constexpr,
+    P: tl.constexpr, POSITIONS: tl.constexpr, BLOCKS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Program: `share` blocks of one row."""
     pair, part, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -340,7 +344,7 @@ def block_scores_decode(query, fine, coarse, lengths, positions, max_length, blo
     scores = query.new_empty((groups, batch * queries, num_blocks), dtype=torch.float32)
     if not batch:
         return scores
-    columns, padded = tile(heads // groups)
+    columns, padded = tile(heads // groups, power_of_two(width) * query.element_size())
     columns = max(min(columns, power_of_two(queries)), 16 // padded, 1)  # at least 16 columns for the tensor cores
     parts = triton.cdiv(queries, columns)
     wanted = max(PROGRAMS // (batch * groups * parts), 1)
@@ -350,8 +354,8 @@ def block_scores_decode(query, fine, coarse, lengths, positions, max_length, blo
     shared = (groups, heads // groups, width, power_of_two(max(width, 16)), columns, padded, positions is not None)
     positions = lengths if positions is None else positions
     _decode_normaliser_kernel[batch * groups, parts, splits](
-        query, coarse, partial, lengths, positions, *query.stride()[:3], *coarse.stride()[:3], queries, scaling * LOG2E,
-        size * ratio, stride * ratio, *shared, keys, splits, num_warps=4,
+        query, coarse, partial, lengths, positions, *query.stride()[:3], *coarse.stride()[:3], queries,
+        scaling * LOG2E, size * ratio, stride * ratio, *shared, keys, splits, num_warps=4,
     )  # fmt: skip
     share = triton.cdiv(triton.cdiv(num_blocks, wanted), blocks) * blocks
     _decode_scores_kernel[batch * groups, parts, triton.cdiv(num_blocks, share)](
@@ -362,13 +366,13 @@ def block_scores_decode(query, fine, coarse, lengths, positions, max_length, blo
     return scores
 
 
-# -------------------------------------------------------------------------------------------------------------- selection
+# ----------------------------------------------------------------------------------------------------------- selection
 
 
 @triton.jit
 def choose(
-    scores, position, num_blocks, SELECTED: tl.constexpr, INIT: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
-    MP: tl.constexpr,
+    scores, position, num_blocks, SELECTED: tl.constexpr, INIT: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK: tl.constexpr, MP: tl.constexpr,
 ):  # fmt: skip
     """
     Which of a query's blocks are chosen (bool `[MP]`) and the place of each among them (int32 `[MP]`).
@@ -425,7 +429,7 @@ def select_blocks(scores, positions, num_selected, init_blocks, window_blocks, b
     if blocks.numel():
         padded = power_of_two(num_blocks)
         _select_kernel[queries, groups](
-            scores, positions, blocks, queries, num_blocks, width, num_selected, init_blocks, window_blocks, block_size,
-            padded, power_of_two(width), num_warps=warps(padded),
+            scores, positions, blocks, queries, num_blocks, width, num_selected, init_blocks, window_blocks,
+            block_size, padded, power_of_two(width), num_warps=warps(padded),
         )  # fmt: skip
     return blocks
