@@ -177,6 +177,22 @@ def test_block_scores(kernel, plain, shape, dtype, device):
     close(got, packed.scores, SCORES, "scores")
 
 
+@pytest.mark.parametrize("splits", [1, 8], ids=["one program a row", "split"])
+def test_scores_of_a_long_row_walk_through_many_tiles(kernel, plain, splits, device, monkeypatch):
+    """More coarse keys, and more blocks, than one tile holds; later logits that are larger than all before."""
+    monkeypatch.setattr(sys.modules[kernel.ops._triton().block_scores_decode.__module__], "PROGRAMS", splits)
+    packed = Packed(plain, SHAPES["group 2, head size 80"], device, lengths=((3,), (1301,)))
+    growing = packed.key * torch.linspace(0.2, 3, 1301, device=device)[:, None, None]
+    fine, coarse = plain.compress_keys(growing, packed.cu_k, 1301, *packed.windows.values())
+    options = {"block_size": 16, **packed.windows}
+    want = plain.block_scores(packed.query, fine, coarse, *packed.args, *options.values(), packed.scaling)
+    if splits == 1:
+        close(kernel.block_scores(packed.query, fine, coarse, *packed.args, **options), want, SCORES, "scores")
+    compressed = [keys.transpose(0, 1)[None] for keys in (fine, coarse)]
+    got = kernel.block_scores_decode(packed.query[None], *compressed, packed.cu_k[1:], 1301, **options)
+    close(got, want, SCORES, "scores of a decode step")
+
+
 @pytest.mark.parametrize("init_blocks, window_blocks, selected", [(1, 1, 4), (0, 0, 1), (2, 3, 9), (1, 0, 100)])
 def test_selection_takes_the_best_and_of_equals_the_lower(kernel, plain, init_blocks, window_blocks, selected, device):
     scores = (torch.rand(2, 12, 23, device=device) * 4).round() / 4  # many ties

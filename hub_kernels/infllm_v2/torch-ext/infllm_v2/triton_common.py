@@ -26,7 +26,10 @@ def dot(a, b):
     """Matrix product with float32 accumulation; float32 inputs keep their precision."""
     if _INTERPRET:  # the interpreter's product of bfloat16 operands is wrong
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision=_PRECISION)
+    if a.dtype == tl.float32:
+        return tl.dot(a, b, input_precision=_PRECISION)
+    else:
+        return tl.dot(a, b)
 
 
 @triton.jit
