@@ -143,10 +143,25 @@ def prefill_slice(kernel, total: int, queries: int, rounds: int, correlated: boo
     return row
 
 
+def prefill_whole(kernel, total: int, rounds: int) -> dict:
+    """A whole causal prefill: 16 query heads, 1 key/value head."""
+    heads = 16
+    key, value = make_keys(1, total, False), torch.randn(1, 1, total, SIZE)
+    query = torch.randn(1, heads, total, SIZE)
+    module = SimpleNamespace(num_key_value_groups=heads, is_causal=True, training=False)
+    arms = {
+        "transformers sdpa": lambda: sdpa_attention_forward(module, query, key, value, None, scaling=SCALING),
+        "kernel": lambda: kernel.infllm_v2_attention(query, key, value, **SETTINGS),
+    }
+    row = compare(arms, list(arms)[:1], rounds, f"prefill {total}")
+    row.update(what="prefill, whole", keys=total)
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="short lengths and few rounds, under a minute")
-    parser.add_argument("--only", choices=["decode", "slice"], help="one part alone")
+    parser.add_argument("--only", choices=["decode", "slice", "whole"], help="one part alone")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     parser.add_argument("--kernel", type=Path, default=KERNEL, help="the kernel's folder, which holds build/")
     parser.add_argument("--json", metavar="FILE", help="write all figures there as JSON")
@@ -165,10 +180,12 @@ def main() -> None:
             rows.append(prefill_slice(kernel, 32_768, 256, 3, False))
         elif args.only in (None, "slice"):
             rows += [prefill_slice(kernel, 65_536, 1024, 3, correlated) for correlated in (False, True)]
+        if args.only in (None, "whole") and not args.quick:
+            rows += [prefill_whole(kernel, total, rounds) for total, rounds in ((8_192, 3), (16_384, 3), (32_768, 1))]
     for row in rows:
         row["median ms"] = ", ".join(f"{name} {value:,.1f}" for name, value in row["median_ms"].items())
         row["range"] = " to ".join(map(str, row["ratio_range"]))
-        row["operators"] = row["ratio, kernel, operators"]
+        row["operators"] = row.get("ratio, kernel, operators", "")
         row["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "unset")
     report(rows, ["what", "keys", "ratio", "operators", "range", "limit", "share of limit", "median ms"], args.json)
 

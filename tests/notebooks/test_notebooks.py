@@ -52,3 +52,13 @@ def test_long_document(real_checkpoint):
     found, layers = map(int, text.split("it was read in ")[1].split(" layers")[0].split(" of "))
     assert 0 < found <= layers == 30
     assert shown(notebook, "stderr")[0].count("\n") <= 1, "only the remark on the unused sparse_config was expected"
+
+
+def test_kernel():
+    notebook = jupytext.read(NOTEBOOKS / "02_kernel.py")
+    resources = {"metadata": {"path": str(NOTEBOOKS)}}
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
+    text, types = shown(notebook)
+    assert float(text.split("root mean square error: ")[1].split()[0]) < 1e-5
+    assert types.count("image/png") == 2
+    assert "times faster than dense here" in text
