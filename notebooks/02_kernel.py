@@ -13,9 +13,9 @@
 # %% [markdown]
 # # The InfLLM v2 kernel, step by step
 #
-# The kernel is a repository for the `kernels` library: Triton on NVIDIA and ROCm GPUs, C++ on a CPU. This notebook takes
-# it from the checkout beside it, walks through its operators, and times a decode step as the text grows. It runs on a
-# CPU in about half a minute, most of it building the C++ once.
+# The kernel is a repository for the `kernels` library: Triton on NVIDIA and ROCm GPUs, C++ on a CPU. This notebook
+# takes it from the checkout beside it, walks through its operators, and times a decode step as the text grows. It runs
+# on a CPU in about half a minute, most of it building the C++ once.
 
 # %%
 import os
@@ -47,8 +47,8 @@ print(f"device: {device}, compiled code answers: {kernel.is_compiled(torch.zeros
 # %% [markdown]
 # ## Rows, packed
 #
-# Two rows of 3,000 and 1,000 tokens lie one after the other, as in FlashAttention's variable-length functions. 16 query
-# heads share one key/value head.
+# Two rows of 3,000 and 1,000 tokens lie one after the other, as in FlashAttention's variable-length functions. 16
+# query heads share one key/value head.
 
 # %%
 lengths, heads, size = [3000, 1000], 16, 64
@@ -102,9 +102,9 @@ print(f"relative root mean square error: {error:.1e}")
 # %% [markdown]
 # ## How a decode step grows
 #
-# One new token against a growing cache, with the released settings: 96 blocks of 64 tokens, however long the text. Below
-# 8,192 tokens the rule is dense, as released. The dense arm is PyTorch's with the group folded into the query axis, which
-# reads each key once.
+# One new token against a growing cache, with the released settings: 96 blocks of 64 tokens, however long the text.
+# Below 8,192 tokens the rule is dense, as released. The dense arm is PyTorch's with the group folded into the query
+# axis, which reads each key once.
 
 # %%
 sizes, curves = [4096, 8192, 16_384, 32_768, 65_536], {"dense": [], "InfLLM v2": []}
@@ -144,5 +144,5 @@ print(f"at 65,536 tokens: {curves['dense'][-1] / curves['InfLLM v2'][-1]:.1f} ti
 
 # %% [markdown]
 # In a model: `INFLLM_V2_KERNEL=<owner>/infllm-v2` (or the checkout's folder) in the environment, and
-# `attn_implementation="infllm_v2"`. `transformers_minicpm4` then asks the kernel wherever it can answer. Training works
-# the same way on a GPU: `sparse_attention` has a backward pass that gives the same bits in every run.
+# `attn_implementation="infllm_v2"`. `transformers_minicpm4` then asks the kernel wherever it can answer. Training
+# works the same way on a GPU: `sparse_attention` has a backward pass that gives the same bits in every run.
