@@ -1,0 +1,222 @@
+"""
+What a scored or filtered dataset is, in numbers and pictures: counts and score distributions by source, and a
+dataset card that shows them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+
+BINS = 40
+QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
+
+
+def summarize(
+    rows: Iterable[dict],
+    *,
+    threshold: float = 0.5,
+    score_column: str = "quality_score",
+    reason_column: str = "quality_reason",
+    source_column: str | None = "source",
+    text_column: str = "text",
+) -> dict:
+    """
+    Counts and score histograms of scored rows, overall and by source, in memory of the sources and not of the rows.
+
+    Args:
+        rows: scored rows (a `Dataset`, a streaming one, or any iterable of dicts).
+        threshold: a row with a score at or above it is kept.
+        source_column: rows without it, or with `None` in it, are counted under "(no source)".
+
+    Returns:
+        `{"threshold", "sources": {name: {"rows", "characters", "kept", "rejected", "without_score", "reasons",
+        "histogram", "quantiles"}}, "total": the same}`. `histogram` counts scores in 40 bins of [0, 1]; quantiles are
+        those of the bins.
+
+    Raises:
+        ValueError: a row has no score column.
+    """
+    groups: dict[str, dict] = {}
+    for row in rows:
+        if score_column not in row:
+            raise ValueError(
+                f"A row has no column {score_column!r}, only {', '.join(row)}: score the dataset first "
+                "(QualityScorer), or name the column that holds the scores."
+            )
+        source = row.get(source_column) if source_column else None
+        own = groups.setdefault("(no source)" if source is None else str(source), _empty())
+        _count(own, row, threshold, score_column, reason_column, text_column)
+    total = _empty()
+    for own in groups.values():
+        for name, value in own.items():
+            if isinstance(value, list):
+                total[name] = [a + b for a, b in zip(total[name], value)]
+            else:
+                total[name] += value
+    report = {"threshold": threshold, "sources": dict(sorted(groups.items())), "total": total}
+    for own in (*groups.values(), total):
+        own["quantiles"] = _quantiles(own["histogram"])
+        own["reasons"] = dict(own["reasons"])
+    return report
+
+
+def _empty() -> dict:
+    counts = dict.fromkeys(("rows", "characters", "kept", "rejected", "without_score"), 0)
+    return {**counts, "reasons": Counter(), "histogram": [0] * BINS}
+
+
+def _count(own, row, threshold, score_column, reason_column, text_column) -> None:
+    text, score = row.get(text_column), row[score_column]
+    own["rows"] += 1
+    own["characters"] += len(text) if isinstance(text, str) else 0
+    if score is None:
+        own["without_score"] += 1
+        own["reasons"][row.get(reason_column) or "no reason given"] += 1
+        return
+    own["kept" if score >= threshold else "rejected"] += 1
+    own["histogram"][min(int(score * BINS), BINS - 1)] += 1
+
+
+def _quantiles(histogram: list[int]) -> dict[str, float] | None:
+    """Middle of the bin in which each quantile lies."""
+    total = sum(histogram)
+    if not total:
+        return None
+    found, seen = {}, 0
+    wanted = list(QUANTILES)
+    for index, count in enumerate(histogram):
+        seen += count
+        while wanted and seen >= wanted[0] * total:
+            found[f"{wanted.pop(0):g}"] = (index + 0.5) / BINS
+    return found
+
+
+def as_table(summary: dict) -> str:
+    """The counts as a Markdown table, the sources with most rows first."""
+    lines = ["| source | rows | kept | rejected | no score | share kept | median score |", "| --- " * 7 + "|"]
+    sources = sorted(summary["sources"].items(), key=lambda item: -item[1]["rows"])
+    for name, own in [*sources, ("all", summary["total"])]:
+        median = "" if own["quantiles"] is None else f"{own['quantiles']['0.5']:.2f}"
+        share = f"{own['kept'] / own['rows']:.0%}" if own["rows"] else ""
+        name = name.replace("|", "\\|")
+        lines.append(
+            f"| {name} | {own['rows']:,} | {own['kept']:,} | {own['rejected']:,} | {own['without_score']:,} | "
+            f"{share} | {median} |"
+        )
+    return "\n".join(lines)
+
+
+def plot_scores(summary: dict, path: str | os.PathLike, most: int = 12) -> Path:
+    """
+    Score distributions by source as small pictures with one axis, the threshold marked; the `most` largest sources.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Pictures need matplotlib: pip install transformers_minicpm4[data].") from error
+    sources = sorted(summary["sources"].items(), key=lambda item: -item[1]["rows"])[:most]
+    figure = Figure(figsize=(6, 0.6 + 0.55 * max(len(sources), 1)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(max(len(sources), 1), 1, sharex=True, squeeze=False)[:, 0]
+    edges = [(index + 0.5) / BINS for index in range(BINS)]
+    for axis, (name, own) in zip(axes, sources):
+        total = max(sum(own["histogram"]), 1)
+        axis.bar(edges, [count / total for count in own["histogram"]], width=1 / BINS, color="#4878a8")
+        axis.axvline(summary["threshold"], color="#c44e52", linewidth=1)
+        axis.set_yticks([])
+        axis.set_ylabel(f"{name}\n{own['rows']:,}", rotation=0, ha="right", va="center", fontsize=7)
+    axes[-1].set_xlim(0, 1)
+    axes[-1].set_xlabel("quality score")
+    path = Path(path)
+    partial = path.with_name(f".{path.stem}.partial.png")
+    figure.savefig(partial, dpi=120, format="png")
+    partial.replace(path)
+    return path
+
+
+def write_card(
+    folder: str | os.PathLike,
+    summary: dict,
+    *,
+    title: str,
+    model: str,
+    model_digest: str,
+    tokenizer: str | None = None,
+    license: str | None = None,
+    notes: str = "",
+    files: str | None = None,
+) -> Path:
+    """
+    Write `README.md` (a dataset card for the Hub), `summary.json` and, with matplotlib, `scores.png` into a
+    dataset's folder.
+
+    Args:
+        summary: from `summarize`.
+        model, model_digest: the classifier's name and the SHA-256 of its content; tokenizer: of the words it was
+        given. license: of the *data*, as the Hub spells it (`apache-2.0`, `other`); left out of the card if unknown.
+        files: pattern of the data files of the `train` split in the folder, for `load_dataset(folder)`.
+
+    Returns:
+        the card's path.
+    """
+    from huggingface_hub import DatasetCard, DatasetCardData
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        picture = plot_scores(summary, folder / "scores.png").name
+    except ImportError:
+        picture = None
+    total, threshold = summary["total"], summary["threshold"]
+    data = DatasetCardData(
+        license=license,
+        tags=["ultraclean", "quality-filtered"],
+        size_categories=_size_category(total["kept"]),
+        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": files}]}] if files else None,
+    )
+    reasons = "\n".join(f"- {count:,}: {reason}" for reason, count in sorted(total["reasons"].items()))
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {title}",
+        "Filtered by the UltraClean recipe (MiniCPM4, arXiv 2506.07900, section 3.1): a fastText classifier gives "
+        f"each document the probability of being of the positive class, and documents at {threshold:g} or above are "
+        f"kept.- classifier: `{model}`, SHA-256 `{model_digest}`\n- words by: "
+        f"{f'`{tokenizer}`' if tokenizer else 'whitespace'}\n- threshold: {threshold:g}\n- rows seen: "
+        f"{total['rows']:,}; kept: {total['kept']:,}; rejected: {total['rejected']:,}; without a score: "
+        f"{total['without_score']:,}## By source",
+        as_table(summary),
+        f"![score distributions by source]({picture})" if picture else "",
+        "## Rows without a score" if reasons else "",
+        reasons,
+        notes,
+        "A score says how much a document resembles the classifier's positive seeds. It is not a judgement of truth, "
+        "safety or licence, and it is only as good as the verification of those seeds.",
+    ]
+    card = DatasetCard("\n\n".join(part for part in parts if part) + "\n")
+    _write(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    _write(folder / "README.md", str(card))
+    return folder / "README.md"
+
+
+def _size_category(rows: int) -> str:
+    """The Hub's name for a number of rows."""
+    names = ("1K", "10K", "100K", "1M", "10M", "100M", "1B")
+    power = next((index for index in range(7) if rows < 1000 * 10**index), 7)
+    if power == 0:
+        return "n<1K"
+    return f"{names[power - 1]}<n<{names[power]}" if power < 7 else "n>1B"
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
