@@ -3,7 +3,7 @@ InfLLM v2 trainable block-sparse attention (MiniCPM4, arXiv 2506.07900): Triton 
 kernel for CPUs.
 """
 
-from . import layers
+from . import layers, ops
 from .attention import infllm_v2_attention
 from .interface import flash_attn_forward, supports_flash_attn
 from .ops import (
@@ -28,6 +28,7 @@ __all__ = [
     "infllm_v2_attention",
     "is_compiled",
     "layers",
+    "ops",
     "select_blocks",
     "sparse_attention",
     "sparse_attention_decode",
