@@ -117,5 +117,5 @@ def test_the_example_and_the_snippet_of_the_card_run(kernel_folder, monkeypatch,
 
 def test_the_card_names_what_is_exported(kernel):
     card = (KERNEL / "CARD.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"`(\w+)`", card)) | {"layers"}
+    named = set(re.findall(r"`(\w+)`", card)) | {"layers", "ops"}
     assert set(kernel.__all__) <= named

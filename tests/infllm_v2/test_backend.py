@@ -13,7 +13,7 @@ from transformers.utils.logging import warning_once
 
 from tolerances import assert_close
 from transformers_minicpm4 import MiniCPM4Config
-from transformers_minicpm4.infllm_v2 import InfLLMv2Config, infllm_v2_attention, kernel
+from transformers_minicpm4.infllm_v2 import InfLLMv2Config, backend, infllm_v2_attention, kernel
 from transformers_minicpm4.infllm_v2.reference import compress_keys
 
 
@@ -326,8 +326,8 @@ class TestLoading:
 
     def test_a_folder_only_by_the_user(self, fake_hub, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        (tmp_path / "org" / "good").mkdir(parents=True)
-        kernel.load("org/good", by_user=True)
+        (tmp_path / "org" / "good" / "build").mkdir(parents=True)
+        kernel.load("./org/good", by_user=True)
         assert fake_hub.requests[-1] == (str((tmp_path / "org" / "good").resolve()), {"backend": "cpu"})
         kernel.load("org/good", by_user=False)
         assert fake_hub.requests[-1][0] == "org/good"
@@ -345,7 +345,7 @@ class TestLoading:
     @pytest.mark.parametrize(
         "name, words",
         [
-            ("somewhere", "no such folder, and not owner/repo or owner/repo@revision"),
+            ("somewhere", "neither owner/repo or owner/repo@revision nor a folder"),
             ("./a/b/c", "no such folder"),
             ("org/none", "no attribute 'infllm_v2_attention'"),
         ],
@@ -410,10 +410,10 @@ class TestWhereTheKernelCannotRun:
 
     def test_a_gpu_without_triton(self, monkeypatch):
         tensor = tensor_like(device="cuda")
-        monkeypatch.setattr(kernel, "_has_triton", lambda: True)
+        monkeypatch.setattr(kernel, "_lacks_triton", lambda: None)
         assert kernel.refusal(tensor, tensor, tensor, CONFIG) is None
-        monkeypatch.setattr(kernel, "_has_triton", lambda: False)
-        assert "needs the triton package" in kernel.refusal(tensor, tensor, tensor, CONFIG)
+        monkeypatch.setattr(kernel, "_lacks_triton", lambda: "which is not installed")
+        assert "needs triton 3.3 or newer, which is not installed" in kernel.refusal(tensor, tensor, tensor, CONFIG)
 
     def test_auto_falls_back_with_one_warning_and_kernel_is_an_error(self, fake_hub, said, monkeypatch):
         monkeypatch.setenv("INFLLM_V2_KERNEL", "org/good")
@@ -450,7 +450,7 @@ class TestWhereTheKernelCannotRun:
         monkeypatch.setenv("INFLLM_V2_KERNEL", "org/good")
         inputs = floats(4, 2, 10, 60)
         assert (infllm_v2_attention(*inputs, CONFIG) == 7).all() == compiled
-        assert ["without a C++ compiler" in words for words in said()] == [True] * (not compiled)
+        assert ["no C++ compiler" in words for words in said()] == [True] * (not compiled)
         assert (infllm_v2_attention(*inputs, CONFIG, implementation="kernel") == 7).all()
 
 
@@ -476,3 +476,26 @@ class TestConfigFields:
             changed(kernel=3)
         with pytest.raises(TypeError, match="implementation must be str"):
             changed(implementation=None)
+
+
+def test_a_mistyped_folder_is_not_taken_for_a_repository(tmp_path, monkeypatch):
+    (tmp_path / "hub_kernels").mkdir()
+    monkeypatch.chdir(tmp_path)
+    kernel.load.__wrapped__.cache_clear()
+    attend, reason = kernel.load("hub_kernels/infllm-v2", by_user=True)
+    assert attend is None
+    assert "a folder hub_kernels/ is here; ./hub_kernels/infllm-v2 names one in it" in reason
+    attend, reason = kernel.load("./hub_kernels", by_user=True)
+    assert attend is None
+    assert "it holds no build/, run `make kernels`" in reason
+
+
+def test_a_mask_is_looked_at_once_and_again_when_it_changes(monkeypatch):
+    looks = []
+    read = backend._read_rows
+    monkeypatch.setattr(backend, "_read_rows", lambda mask: looks.append(mask) or read(mask))
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    assert backend.row_starts(mask) == backend.row_starts(mask) == ([1, 0], 3)
+    assert len(looks) == 1
+    mask[1, 0] = 0
+    assert backend.row_starts(mask) == ([1, 1], 2)

@@ -531,7 +531,8 @@ def refusals(packed, cache, kernel):
                  "block_size": 16, "starts": cache.starts}  # fmt: skip
         return lambda: kernel.sparse_attention_decode(**{**given, **changes})
 
-    wide = torch.zeros(40, 3, 300)
+    wide, one, few = torch.zeros(40, 3, 300), cache.query.transpose(1, 2), {"window_blocks": 1, "num_selected": 4}
+    tree = torch.ones(2, 64, dtype=torch.int64)
     rising = blocks.clone()
     rising[0, 2, :2] = torch.tensor([1, 0])
     return {
@@ -593,6 +594,58 @@ def refusals(packed, cache, kernel):
             decode(page_table=torch.full((2, 1), 7, dtype=torch.int32), starts=None),
             "names pages|has room|hold whole blocks",
         ),
+        "large head to compress": (lambda: kernel.compress_keys(wide, packed.cu_q, 40), "head size 300"),
+        "large head to update": (
+            lambda: kernel.update_compressed_keys(
+                *(torch.zeros(1, 1, n, 300) for n in (40, 4, 2)), *(packed.cu_q[:1],) * 3, 1
+            ),
+            "head size 300",
+        ),
+        "scores beyond the means": (
+            lambda: kernel.block_scores(
+                query, packed.fine, packed.coarse, packed.cu_q, packed.cu_k * 100, 40, 9300, block_size=16,
+                **packed.windows,
+            ),
+            "fine holds 23 means",
+        ),
+        "scores, maximum too small": (
+            lambda: kernel.block_scores(
+                query, packed.fine, packed.coarse, packed.cu_q, packed.cu_k, 40, 64, block_size=16, **packed.windows
+            ),
+            "the maximum given is 64",
+        ),
+        "means of fewer rows": (
+            lambda: kernel.block_scores_decode(
+                cache.query, cache.fine, cache.coarse[:1], cache.lengths, 118, block_size=16, **cache.windows
+            ),
+            "1 of coarse",
+        ),
+        "negative start": (decode(starts=cache.starts - 1), "from slots"),
+        "-1 before a block": (decode(blocks=cache.blocks.flip(2).contiguous()), "must rise"),
+        "too few scores": (
+            decode(blocks=None, scores=cache.scores[..., :2].contiguous(), **few),
+            "scores of 2 blocks",
+        ),
+        "negative position": (decode(positions=cache.lengths[:, None] - 500), "positions holds"),
+        "row shorter than its drafts": (
+            decode(
+                query=cache.query.expand(-1, 64, -1, -1), lengths=cache.lengths - 40, tree_mask=tree,
+                blocks=cache.blocks.repeat_interleave(64, 1), positions=torch.ones(2, 64, dtype=torch.int32),
+            ),
+            "at least 64",
+        ),
+        "value shape in one call": (
+            lambda: kernel.infllm_v2_attention(one, cache.key, cache.value[:, :, :50]), "key and value alike"
+        ),
+        "float64 in one call": (
+            lambda: kernel.infllm_v2_attention(one.double(), cache.key.double(), cache.value.double()),
+            "float64",
+        ),
+        "block of nothing": (
+            lambda: kernel.infllm_v2_attention(one, cache.key, cache.value, block_size=0),
+            "1 to 128",
+        ),
+        "topk 0": (lambda: kernel.infllm_v2_attention(one, cache.key, cache.value, topk=0), "at least their sum"),
         "tree": (decode(tree_mask=torch.ones(2, 1, dtype=torch.int32)), "contiguous int64"),
     }  # fmt: skip
 
@@ -603,6 +656,20 @@ REFUSALS = [
     "index too high", "index too low", "indices fall", "blocks shape", "block size", "windows", "stride", "selected",
     "position", "half scores", "overlapping output", "expanded output", "row grows backwards", "row too long",
     "many queries", "both", "neither", "page", "tree",
+    "large head to compress",
+    "large head to update",
+    "scores beyond the means",
+    "scores, maximum too small",
+    "means of fewer rows",
+    "negative start",
+    "-1 before a block",
+    "too few scores",
+    "negative position",
+    "row shorter than its drafts",
+    "value shape in one call",
+    "float64 in one call",
+    "block of nothing",
+    "topk 0",
 ]  # fmt: skip
 
 
@@ -637,3 +704,49 @@ def test_no_queries_and_empty_rows(kernel, plain, device):
     )
     assert output.shape == (0, 16, 64)
     assert lse.shape == (0, 16)
+
+
+def test_no_rows(kernel, plain, device):
+    none = torch.zeros(0, 4, 1, 16, device=device), *torch.zeros(2, 0, 2, 40, 16, device=device)
+    output, blocks = kernel.infllm_v2_attention(*none, return_blocks=True)
+    assert output.shape == (0, 4, 1, 16)
+    assert blocks.shape == (0, 2, 1, 1)
+    lengths, fine = torch.zeros(0, dtype=torch.int32, device=device), torch.zeros(0, 2, 3, 16, device=device)
+    scores = kernel.block_scores_decode(none[0].transpose(1, 2), fine, fine, lengths, 40)
+    assert scores.shape == (2, 0, 1)
+
+
+def test_an_index_that_is_no_block_is_skipped_where_it_was_not_looked_at(kernel, plain, device, monkeypatch):
+    """As for indices that lie on a GPU: neither read nor NaN, wherever in the list it stands."""
+    monkeypatch.setattr(kernel.ops, "_looks_at_values", lambda tensor: False)
+    cache = Cache(plain, SHAPES["group 8"], 1, device)
+    args = (cache.query, cache.key, cache.value, cache.lengths)
+    wild = torch.tensor([-1, 0, 2**30, 2, -7, 3], dtype=torch.int32, device=device).expand(2, 2, 6).contiguous()
+    tame = torch.tensor([0, 2, 3], dtype=torch.int32, device=device).expand(2, 2, 3).contiguous()
+    given = {"starts": cache.starts, "block_size": 16}
+    close(
+        kernel.sparse_attention_decode(*args, blocks=wild, **given),
+        kernel.sparse_attention_decode(*args, blocks=tame, **given),
+        OUTPUT[torch.float32],
+        "decode",
+    )
+    packed = Packed(plain, SHAPES["group 8"], device, lengths=((2,), (93,)))
+    got, want = (
+        kernel.sparse_attention(packed.query, packed.key, packed.value, blocks, *packed.args, block_size=16)[0]
+        for blocks in (wild, tame)
+    )
+    close(got, want, OUTPUT[torch.float32], "attention")
+
+
+def test_bounds_are_read_once_a_tensor_and_again_when_it_changes(kernel, device, monkeypatch):
+    reads = []
+    read = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(self) or read(self))
+    key, cu = torch.zeros(40, 1, 16, device=device), bounds([40], device)
+    reads.clear()
+    for _ in range(3):
+        kernel.compress_keys(key, cu, 40)
+    assert len(reads) == 1
+    cu[0] = 3
+    with pytest.raises(ValueError, match="must rise from 0"):
+        kernel.compress_keys(key, cu, 40)

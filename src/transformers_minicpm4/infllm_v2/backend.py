@@ -207,6 +207,17 @@ def row_starts(attention_mask: torch.Tensor) -> tuple[list[int], int]:
             f"InfLLM v2 takes a padding mask of shape [batch, keys], got {tuple(attention_mask.shape)}; it cannot "
             'honour a custom four-dimensional mask. Use attn_implementation="sdpa" for that.'
         )
+    # One mask serves all layers of a step: on a GPU every look at it waits for the device.
+    version = None if attention_mask.is_inference() or torch.compiler.is_compiling() else attention_mask._version
+    kept = getattr(attention_mask, "_infllm_v2_rows", None) if version is not None else None
+    if kept is None or kept[0] != version:
+        kept = (version, *_read_rows(attention_mask))
+        if version is not None:
+            attention_mask._infllm_v2_rows = kept
+    return kept[1:]
+
+
+def _read_rows(attention_mask: torch.Tensor) -> tuple[list[int], int]:
     mask = attention_mask != 0
     starts = mask.int().argmax(-1)
     lengths = mask.sum(-1)

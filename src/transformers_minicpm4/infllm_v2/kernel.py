@@ -7,7 +7,6 @@ No name is built in: an id that nobody owns yet would invite somebody else to ow
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 import re
 import sys
@@ -63,7 +62,8 @@ def load(name: str, by_user: bool) -> tuple[Callable | None, str | None]:
     Load a kernel once a process, and remember a failure.
 
     Args:
-        name: `"owner/repo"`, `"owner/repo@revision"` (`@v1` and no revision are version 1), or a local folder.
+        name: `"owner/repo"`, `"owner/repo@revision"` (`@v1` and no revision are version 1), or a local folder, which
+            begins with `/`, `./`, `../` or `~`: a mistyped folder must not become a repository of somebody's.
         by_user: named in the environment, which is consent to run it. A name from a config may come with a checkpoint,
             so it is never a folder, and the Hub must list its owner as a trusted publisher.
     """
@@ -72,12 +72,17 @@ def load(name: str, by_user: bool) -> tuple[Callable | None, str | None]:
 
         # Elsewhere (Metal, XPU) `kernels` would look for a build of that device only; ours still serves CPU tensors.
         backend = None if torch.version.cuda or torch.version.hip else "cpu"
-        if by_user and Path(name).expanduser().is_dir():
-            kernel = get_local_kernel(Path(name).expanduser().resolve(), backend=backend)
+        if by_user and name.startswith(("/", "./", "../", "~")):
+            folder = Path(name).expanduser().resolve()
+            if not any((folder / part).is_dir() for part in ("build", "torch-cpu", "torch-cuda", "torch-rocm")):
+                raise ValueError("it holds no build/, run `make kernels`" if folder.is_dir() else "no such folder")
+            kernel = get_local_kernel(folder, backend=backend)
         else:
             repo, _, revision = name.partition("@")
             if not re.fullmatch(r"[^/]+/[^/]+", repo):
-                raise ValueError("no such folder, and not owner/repo or owner/repo@revision")
+                raise ValueError("neither owner/repo or owner/repo@revision nor a folder, /... or ./...")
+            if by_user and repo not in os.environ.get("LOCAL_KERNELS", "") and Path(repo).parent.is_dir():
+                raise ValueError(f"a folder {Path(repo).parent}/ is here; ./{repo} names one in it")
             version = re.fullmatch(r"v(\d+)", revision or "v1")
             which = {"version": int(version[1])} if version else {"revision": revision}
             kernel = get_kernel(repo, **which, backend=backend, trust_remote_code=[repo] if by_user else False)
@@ -92,8 +97,8 @@ def refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, config:
     device = query.device.type
     if device not in ("cuda", "cpu"):
         return f"the kernel runs on cuda (NVIDIA and ROCm) and cpu, the tensors are on {device}"
-    if device == "cuda" and not _has_triton():
-        return "on a GPU the kernel needs the triton package, which is not installed"
+    if device == "cuda" and (missing := _lacks_triton()):
+        return f"on a GPU the kernel needs triton 3.3 or newer, {missing}"
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in (query, key, value)}
     if len(dtypes) > 1 or query.dtype not in DTYPES:
         given = ", ".join(sorted(dtypes))
@@ -116,7 +121,7 @@ def slower(attend: Callable, query: torch.Tensor, key: torch.Tensor, value: torc
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
         return "on a CPU its backward pass is faster than the kernel's"
     if attend is not kernelized and not _is_compiled(attend, query):
-        return "it is faster than the kernel without a C++ compiler"
+        return "the kernel found no C++ compiler, and its plain form is slower"
     return None
 
 
@@ -127,5 +132,10 @@ def _is_compiled(attend: Callable, query: torch.Tensor) -> bool:
 
 
 @functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _lacks_triton() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return "which is not installed"
+    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return None if found >= (3, 3) else f"and {triton.__version__} is installed"

@@ -17,9 +17,15 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from .ops import (
+    _block_size,
+    _groups,
+    _selection,
+    _tensors,
+    _windows,
     block_scores,
     block_scores_decode,
     compress_keys,
+    row_bounds,
     select_blocks,
     sparse_attention,
     sparse_attention_decode,
@@ -78,20 +84,29 @@ def infllm_v2_attention(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or settings that contradict each other.
     """
-    if query.dim() != 4 or key.dim() != 4 or query.shape[0] != key.shape[0] or not 0 < query.shape[2] <= key.shape[2]:
+    _tensors(4, query=query, key=key, value=value)
+    if key.shape != value.shape or query.shape[0] != key.shape[0] or not 0 < query.shape[2] <= key.shape[2]:
         raise ValueError(
-            f"infllm-v2: query {tuple(query.shape)} and key {tuple(key.shape)} must be [batch, heads, tokens, head "
-            "size], the queries being the last of the positions, at least one."
+            f"infllm-v2: query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} must be "
+            "[batch, heads, tokens, head size], key and value alike, the queries being the last of the positions, at "
+            "least one."
         )
+    _groups(query.shape[1], key.shape[1], query.shape[3], key.shape[3])
+    _block_size(block_size)
+    _windows(kernel_size, kernel_stride, COARSE_RATIO, block_size)
     if dense_switch not in ("position", "call"):
         raise ValueError(f"infllm-v2: dense_switch must be 'position' or 'call', got {dense_switch!r}.")
     batch, heads, length, size = query.shape
     groups, total = key.shape[1:3]
     starts = [0] * batch if starts is None else list(starts)
+    if not batch:
+        blocks = torch.zeros((0, groups, length, -(-total // block_size)), dtype=torch.bool, device=query.device)
+        return (torch.empty_like(query), blocks) if return_blocks else torch.empty_like(query)
     if len(starts) != batch or not all(0 <= start < total for start in starts):
         raise ValueError(f"infllm-v2: starts must name a slot below {total} for each of {batch} rows, got {starts}.")
     window_blocks = window_size // block_size
     num_selected = topk + window_blocks
+    _selection(num_selected, init_blocks, window_blocks)
     covered = num_selected * block_size
     if dense_len == -1:
         first_sparse = covered
@@ -157,7 +172,11 @@ def _stack(rows):
 
 
 def _bounds(tokens: int, device) -> torch.Tensor:
-    return torch.tensor([0, tokens], dtype=torch.int32, device=device)
+    """`cu_seqlens` of one row, shared by the layers of a step."""
+    return row_bounds(tokens, device) if torch.compiler.is_compiling() else _keep_bounds(tokens, device)
+
+
+_keep_bounds = functools.lru_cache(maxsize=64)(row_bounds)
 
 
 def _row_tensors(starts: tuple[int, ...], total: int, device) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -283,6 +302,9 @@ def _dense(query, key, value, scaling):
     gqa = query.shape[1] != key.shape[1]
     if length == total:
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=gqa)
+    if gqa and query.dtype == torch.float32:  # no fused form takes grouped heads, a bias and float32 together
+        key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], 1) for tensor in (key, value))
+        gqa = False
     bias = causal_lower_right(length, total)
     if query.device.type == "cpu":  # the bias object has no CPU path of its own
         bias = torch.arange(total) <= torch.arange(total - length, total)[:, None]

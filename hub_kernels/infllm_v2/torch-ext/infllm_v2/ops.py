@@ -23,6 +23,9 @@ from ._ops import add_op_namespace_prefix, ops
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MIN_TRITON = (3, 3)  # tl.gather
+# Rows, and rows times key/value heads in decoding: what a GPU's launch grid takes in its second and third dimension.
+MAX_ROWS = 65_535
 # `INFLLM_V2_CHECK=1` also looks at indices that lie on a GPU, which waits for it; the kernels skip what is out of
 # range.
 CHECK_ON_GPU = os.environ.get("INFLLM_V2_CHECK", "0") == "1"
@@ -35,8 +38,17 @@ def _operator(schema: str):
 
     def define(function):
         name = function.__name__.removeprefix("_")
+
+        @functools.wraps(function)
+        def on_its_device(first, *args):
+            # Triton launches on the current device, and nothing else makes it that of the tensors.
+            if first.is_cuda and first.device.index != torch.cuda.current_device():
+                with torch.cuda.device(first.device):
+                    return function(first, *args)
+            return function(first, *args)
+
         _library.define(f"{name}{schema}")
-        _library.impl(name, function, "CompositeExplicitAutograd")
+        _library.impl(name, on_its_device, "CompositeExplicitAutograd")
         return function
 
     return define
@@ -51,11 +63,13 @@ def _fake(function):
 @functools.cache
 def _triton():
     try:
+        import triton
+
+        if tuple(int(part) for part in triton.__version__.split(".")[:2]) < MIN_TRITON:
+            raise ImportError(f"it is {triton.__version__}, {'.'.join(map(str, MIN_TRITON))} or newer is needed")
         from . import triton_kernels
     except ImportError as error:
-        raise RuntimeError(
-            f"infllm-v2: tensors on a GPU need the triton package, which failed to import: {error}."
-        ) from error
+        raise RuntimeError(f"infllm-v2: tensors on a GPU need the triton package: {error}.") from error
     return triton_kernels
 
 
@@ -125,8 +139,12 @@ def _groups(query_heads: int, groups: int, size: int, key_size: int) -> None:
         raise ValueError(f"infllm-v2: queries have head size {size}, keys {key_size}.")
     if not 1 <= query_heads // groups <= 32:
         raise ValueError(f"infllm-v2: {query_heads // groups} query heads a group; 1 to 32 are supported.")
-    if size > 256:
-        raise ValueError(f"infllm-v2: head size {size}; up to 256 is supported.")
+    _head_size(size)
+
+
+def _head_size(size: int) -> None:
+    if not 1 <= size <= 256:
+        raise ValueError(f"infllm-v2: head size {size}; 1 to 256 is supported.")
 
 
 def _windows(size: int, stride: int, ratio: int, block_size: int | None = None) -> None:
@@ -147,52 +165,73 @@ def _looks_at_values(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" or CHECK_ON_GPU
 
 
-def _cu_seqlens(name: str, cu_seqlens: torch.Tensor, tokens: int, longest: int) -> None:
-    """Values are read once a tensor: a layer's call after another waits for nothing."""
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-        raise ValueError(
-            f"infllm-v2: {name} must be [rows + 1], at least one row, got shape {tuple(cu_seqlens.shape)}."
-        )
-    seen = (cu_seqlens._version, tokens, longest) if not cu_seqlens.is_inference() else None
-    if seen is not None and getattr(cu_seqlens, "_infllm_v2_checked", None) == seen:
-        return
+def row_bounds(tokens: int, device) -> torch.Tensor:
+    """`cu_seqlens` of one row; its values are known and never read back."""
+    bounds = torch.tensor([0, tokens], dtype=torch.int32, device=device)
+    bounds._infllm_v2_bounds = (None if bounds.is_inference() else bounds._version, [0, tokens])
+    return bounds
+
+
+def _host_bounds(cu_seqlens: torch.Tensor) -> list[int] | None:
+    """The values of `cu_seqlens`, read once a tensor (or version of it); `None` while a graph is captured."""
+    version = None if cu_seqlens.is_inference() else cu_seqlens._version
+    kept = getattr(cu_seqlens, "_infllm_v2_bounds", None)
+    if kept is not None and kept[0] == version:
+        return kept[1]
     if cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
-        return
+        return None
     bounds = cu_seqlens.tolist()
-    lengths = [after - before for before, after in zip(bounds[:-1], bounds[1:])]
-    if bounds[0] != 0 or bounds[-1] != tokens or min(lengths) < 0:
+    if version is not None:
+        cu_seqlens._infllm_v2_bounds = (version, bounds)
+    return bounds
+
+
+def _cu_seqlens(name: str, cu_seqlens: torch.Tensor, tokens: int | None, longest: int) -> list[tuple[int, int]] | None:
+    """Rows as (first, length); `tokens`, where given, is where the last one ends."""
+    rows = cu_seqlens.shape[0] - 1 if cu_seqlens.dim() == 1 else 0
+    if not 1 <= rows <= MAX_ROWS:
         raise ValueError(
-            f"infllm-v2: {name} must rise from 0 to {tokens}, the number of tokens; got {bounds[:8]}"
-            f"{'...' if len(bounds) > 8 else ''}."
+            f"infllm-v2: {name} must be [rows + 1] with at least one row and at most {MAX_ROWS}, got shape "
+            f"{tuple(cu_seqlens.shape)}."
         )
+    bounds = _host_bounds(cu_seqlens)
+    if bounds is None:
+        return None
+    lengths = [after - before for before, after in zip(bounds[:-1], bounds[1:])]
+    if bounds[0] != 0 or (tokens is not None and bounds[-1] != tokens) or min(lengths) < 0:
+        end = "" if tokens is None else f" to {tokens}, the number of tokens"
+        shown = f"{bounds[:8]}{'...' if len(bounds) > 8 else ''}"
+        raise ValueError(f"infllm-v2: {name} must rise from 0{end}; got {shown}.")
     if max(lengths) > longest:
         raise ValueError(f"infllm-v2: {name} has a row of {max(lengths)} tokens, but the maximum given is {longest}.")
-    if seen is not None:
-        cu_seqlens._infllm_v2_checked = seen
+    return list(zip(bounds, lengths))
 
 
 def _pair(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor) -> None:
     """The queries are the last of each row's positions."""
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
-        raise ValueError(
-            f"infllm-v2: {cu_seqlens_q.shape[0] - 1} rows of queries, {cu_seqlens_k.shape[0] - 1} of keys."
-        )
-    seen = (
-        (cu_seqlens_q._version, cu_seqlens_k._version)
-        if not cu_seqlens_q.is_inference() and not cu_seqlens_k.is_inference()
-        else None
-    )
-    if seen is not None and getattr(cu_seqlens_q, "_infllm_v2_paired", None) == (id(cu_seqlens_k), *seen):
+        rows = cu_seqlens_q.shape[0] - 1, cu_seqlens_k.shape[0] - 1
+        raise ValueError(f"infllm-v2: {rows[0]} rows of queries, {rows[1]} of keys.")
+    bounds = _host_bounds(cu_seqlens_q), _host_bounds(cu_seqlens_k)
+    if None in bounds:
         return
-    if cu_seqlens_q.is_cuda and torch.cuda.is_current_stream_capturing():
-        return
-    for row, (q, k) in enumerate(zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist())):
+    for row in range(len(bounds[0]) - 1):
+        q, k = (values[row + 1] - values[row] for values in bounds)
         if q > k:
             raise ValueError(
                 f"infllm-v2: row {row} has {q} queries and {k} keys; the queries are the last of the keys."
             )
-    if seen is not None:
-        cu_seqlens_q._infllm_v2_paired = (id(cu_seqlens_k), *seen)
+
+
+def _compressed_rows(rows, fine, coarse, size, stride, ratio) -> None:
+    """The packed compressed keys hold the windows of every row."""
+    for name, keys, wide, apart in (("fine", fine, size, stride), ("coarse", coarse, size * ratio, stride * ratio)):
+        for start, length in rows or ():
+            if (needed := start // apart + plain.windows(length, wide, apart)) > keys.shape[0]:
+                raise ValueError(
+                    f"infllm-v2: {name} holds {keys.shape[0]} means; rows of these cu_seqlens_k need {needed}. "
+                    "Compress the same keys (compress_keys)."
+                )
 
 
 def _blocks(blocks: torch.Tensor, groups: int, queries: int, num_blocks: int) -> None:
@@ -207,7 +246,8 @@ def _blocks(blocks: torch.Tensor, groups: int, queries: int, num_blocks: int) ->
             raise ValueError(
                 f"infllm-v2: blocks holds {low} ... {high}; allowed are 0 ... {num_blocks - 1}, and -1 for none."
             )
-        if bool(((blocks[..., 1:] >= 0) & (blocks[..., 1:] <= blocks[..., :-1])).any()):
+        before, after = blocks[..., :-1], blocks[..., 1:]
+        if bool(((after >= 0) & ((after <= before) | (before < 0))).any()):
             raise ValueError(
                 "infllm-v2: each query's blocks must rise, with -1 only at the end; sort and de-duplicate them."
             )
@@ -224,6 +264,7 @@ def _rows(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> Non
 @_operator("(Tensor key, Tensor cu_seqlens, int max_seqlen, int size, int stride, int ratio) -> (Tensor, Tensor)")
 def _compress_keys(key, cu_seqlens, max_seqlen, size, stride, ratio):
     _tensors(3, key=key)
+    _head_size(key.shape[2])
     _indices(key, cu_seqlens=cu_seqlens)
     _windows(size, stride, ratio)
     _cu_seqlens("cu_seqlens", cu_seqlens, key.shape[0], max_seqlen)
@@ -262,6 +303,7 @@ def compress_keys(
 )
 def _update_compressed_keys(key, fine, coarse, starts, done, lengths, max_new, size, stride, ratio):
     _tensors(4, key=key, fine=fine, coarse=coarse)
+    _head_size(key.shape[3])
     _indices(key, starts=starts, done=done, lengths=lengths)
     _windows(size, stride, ratio)
     batch, groups, total, width = key.shape
@@ -355,6 +397,8 @@ def _block_scores(
     _indices(query, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     _windows(size, stride, ratio, block_size)
     _cu_seqlens("cu_seqlens_q", cu_seqlens_q, query.shape[0], max_seqlen_q)
+    rows = _cu_seqlens("cu_seqlens_k", cu_seqlens_k, None, max_seqlen_k)
+    _compressed_rows(rows, fine, coarse, size, stride, ratio)
     _pair(cu_seqlens_q, cu_seqlens_k)
     return implementation(query).block_scores(
         query,
@@ -450,8 +494,8 @@ def _block_scores_decode(
     _indices(query, lengths=lengths, positions=positions)
     _windows(size, stride, ratio, block_size)
     batch, queries = query.shape[:2]
-    _decode_rows(query, fine, lengths, positions)
-    if _looks_at_values(lengths):
+    _decode_rows(query, lengths, positions, fine=fine, coarse=coarse)
+    if _looks_at_values(lengths) and batch:
         longest = int(lengths.max())
         for name, keys, wide, apart in (
             ("fine", fine, size, stride),
@@ -469,14 +513,17 @@ def _block_scores_decode(
     )
 
 
-def _decode_rows(query, cache, lengths, positions):
+def _decode_rows(query, lengths, positions, **caches):
     batch, queries = query.shape[:2]
     if not 1 <= queries <= 64:
         raise ValueError(
             f"infllm-v2: {queries} queries a row; decoding takes 1 to 64. Use block_scores and sparse_attention."
         )
-    if cache is not None and cache.shape[0] != batch:
-        raise ValueError(f"infllm-v2: {batch} rows of queries, {cache.shape[0]} of keys.")
+    if batch * query.shape[2] > MAX_ROWS and query.is_cuda:
+        raise ValueError(f"infllm-v2: {batch} rows of {query.shape[2]} heads; together at most {MAX_ROWS} on a GPU.")
+    for name, cache in caches.items():
+        if cache.shape[0] != batch:
+            raise ValueError(f"infllm-v2: {batch} rows of queries, {cache.shape[0]} of {name}.")
     _rows("lengths", lengths, (batch,))
     _rows("positions", positions, (batch, queries))
     if _looks_at_values(lengths) and batch and int(lengths.min()) < queries and positions is None:
@@ -756,7 +803,7 @@ def _sparse_attention_decode(
     _block_size(block_size)
     _indices(query, lengths=lengths, positions=positions, starts=starts, page_table=page_table, blocks=blocks)
     batch, queries = query.shape[:2]
-    _decode_rows(query, key if page_table is None else None, lengths, positions)
+    _decode_rows(query, lengths, positions, **({"key": key} if page_table is None else {}))
     if (blocks is None) == (scores is None):
         raise ValueError(
             "infllm-v2: pass either blocks (chosen before) or scores (to choose from), not both and not neither."
@@ -791,12 +838,22 @@ def _sparse_attention_decode(
     if _looks_at_values(lengths) and batch:
         longest = int((lengths if starts is None else lengths + starts).max())
         room = key.shape[2] if page_table is None else page_table.shape[1] * key.shape[2]
-        if longest > room or int(lengths.min()) < 1:
+        least = queries if tree_mask is not None else 1
+        if longest > room or int(lengths.min()) < least or (starts is not None and int(starts.min()) < 0):
+            begin = "" if starts is None else f" from slots {starts.tolist()[:8]} on"
             raise ValueError(
-                f"infllm-v2: rows of {lengths.tolist()[:8]} tokens; the cache has room for {room}, at least 1."
+                f"infllm-v2: rows of {lengths.tolist()[:8]} tokens{begin}; the cache has room for {room}, and a row "
+                f"has at least {least}."
+            )
+        if positions is not None and int(positions.min()) < 0:
+            raise ValueError(f"infllm-v2: positions holds {int(positions.min())}; the first token is at 0.")
+        if scores is not None and scores.shape[2] * block_size < int(lengths.max()):
+            raise ValueError(
+                f"infllm-v2: scores of {scores.shape[2]} blocks of {block_size} tokens for a row of "
+                f"{int(lengths.max())}."
             )
         if page_table is not None:
-            used = page_table[torch.arange(page_table.shape[1]) * key.shape[2] < lengths[:, None]]
+            used = page_table[torch.arange(page_table.shape[1], device=key.device) * key.shape[2] < lengths[:, None]]
             if int(used.min()) < 0 or int(used.max()) >= key.shape[0]:
                 raise ValueError(
                     f"infllm-v2: page_table names pages {int(used.min())} ... {int(used.max())} of {key.shape[0]}."

@@ -72,6 +72,8 @@ def block_scores(
     groups = fine.shape[1]
     num_blocks = -(-max_seqlen_k // block_size)
     out = query.new_zeros((groups, query.shape[0], num_blocks), dtype=torch.float32)
+    if not out.numel():
+        return out
     wide = ratio * stride
     for (q0, q1), (k0, k1) in zip(_rows(cu_seqlens_q), _rows(cu_seqlens_k)):
         positions = torch.arange(k1 - k0 - (q1 - q0), k1 - k0, device=query.device)

@@ -75,7 +75,7 @@ def _decode_kernel(
     else:
         place = tl.arange(0, TP)
         listed = tl.load(blocks + row * T + place, mask=place < T, other=-1)
-        count = tl.sum((listed >= 0).to(tl.int32), 0)
+        count = tl.max(tl.where(listed >= 0, place + 1, 0), 0)
     share = tl.cdiv(count, SPLITS)
     peak = tl.full([P], float("-inf"), tl.float32)
     mass = tl.zeros([P], tl.float32)
@@ -85,8 +85,10 @@ def _decode_kernel(
             block = tl.sum(tl.where(chosen & (place == i), tl.arange(0, MP), 0), 0)
         else:
             block = tl.sum(tl.where(place == i, listed, 0), 0)
-        n = block * BLOCK + token
-        allowed = (token < BLOCK) & (n < limit)
+        of = token * 0 + block
+        n = of * BLOCK + token
+        # An index that is no block of the row reads nothing; comparing blocks, since a huge one overflows as tokens.
+        allowed = (token < BLOCK) & (n < limit) & (of >= 0) & (of < (length + BLOCK - 1) // BLOCK)
         there = inside_of(allowed, feature, D, DP)
         k_at = _slots(n, b, start, page_table, pages, stride_kb, stride_kn, PAGE, PAGED, allowed)
         v_at = _slots(n, b, start, page_table, pages, stride_vb, stride_vn, PAGE, PAGED, allowed)

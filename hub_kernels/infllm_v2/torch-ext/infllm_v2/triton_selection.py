@@ -227,7 +227,8 @@ def _scores_kernel(
     row = part * Q + tl.arange(0, Q)
     to = scores + (g * num_queries + q_start + row).to(tl.int64) * num_blocks
     _pool(
-        columns, lse, fine, stride_fk, sees_fine, count_windows(last + 1, SIZE, STRIDE), 0, last // BLOCK + 1, to,
+        columns, lse, fine, stride_fk, sees_fine, count_windows(last + 1, SIZE, STRIDE), 0,
+        tl.minimum(last // BLOCK + 1, num_blocks), to,
         row < q_length, scale, D, DP, BLOCKS, Q, P, BLOCK // STRIDE, (SIZE - 1) // STRIDE,
     )  # fmt: skip
 
@@ -383,7 +384,7 @@ def choose(
     block = tl.arange(0, MP)
     own = position // BLOCK
     real = (block <= own) & (block < num_blocks)
-    score = tl.minimum(tl.load(scores + block, mask=real, other=0.0), 3.4028234663852886e38)
+    score = tl.minimum(tl.load(scores + block, mask=real, other=0.0), 3.4028234663852886e38) + 0.0  # -0 is 0
     order = score.to(tl.int32, bitcast=True)
     order = tl.where(order < 0, order ^ 0x7FFFFFFF, order)
     order = tl.where((block < INIT) | (block >= own - WINDOW), 0x7FFFFFFF, order)
