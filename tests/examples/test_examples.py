@@ -1,5 +1,6 @@
 """Each example does what it says, on the real weights of `make assets`."""
 
+import gzip
 import importlib.util
 import json
 import re
@@ -136,3 +137,45 @@ class TestSftLora:
         assert loaded.config._attn_implementation == "infllm_v2"
         with torch.no_grad():
             assert torch.equal(loaded(ids).logits, trainer.model.eval()(ids).logits)
+
+
+class TestUltraClean:
+    """The whole loop on the test bed, and its parts from what this Python carries."""
+
+    def run(self, name, *arguments):
+        command = [sys.executable, EXAMPLES / name, *map(str, arguments)]
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert found.returncode == 0, found.stderr[-2000:]
+        return found.stdout
+
+    def test_ultraclean_pipeline(self, shared_data, tmp_path):
+        pools = {"handbook": [], "python": [], "uistrings": [], "genindex": []}
+        with gzip.open(shared_data / "debian-docs-quality" / "en.jsonl.gz", "rt", encoding="utf-8") as lines:
+            for row in map(json.loads, lines):
+                name = row["source_set"].split(".")[-1]
+                if name in pools and len(pools[name]) < 160:
+                    pools[name].append({"text": row["text"], "source": name})
+        corpus = [row for rows in pools.values() for row in rows[:80]]
+        files = {name: rows[80:120] for name, rows in pools.items()}
+        files |= {"corpus": corpus, "held_out": pools["handbook"][120:]}
+        for name, rows in files.items():
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        arguments = ["--corpus", tmp_path / "corpus.jsonl", "--evaluation", f"manuals={tmp_path / 'held_out.jsonl'}"]
+        for flag, name in (("--positive", "python"), ("--negative", "uistrings"), ("--negative", "genindex")):
+            arguments += [flag, f"{name}={tmp_path / name}.jsonl"]
+        arguments += ["--output_dir", tmp_path / "out", "--stable_steps", 5, "--steps", 3, "--batch_size", 4]
+        arguments += ["--bucket", 1000, "--dim", 16]
+        first = self.run("ultraclean_pipeline.py", *arguments)
+        summary = json.loads((tmp_path / "out" / "dataset" / "summary.json").read_text())
+        assert summary["total"]["rows"] == len(corpus) == summary["total"]["kept"] + summary["total"]["rejected"]
+        assert {"handbook", "genindex"} <= set(summary["sources"])
+        assert f"{summary['total']['kept']:,}" in (tmp_path / "out" / "dataset" / "README.md").read_text()
+        assert first.count("| manuals |") == 2
+
+    def test_efficient_verification(self, tmp_path):
+        tiny = ("--stable_steps", 4, "--steps", 2, "--batch_size", 2, "--output_dir", tmp_path)
+        out = self.run("efficient_verification.py", *tiny)
+        assert out.count("| reference |") == out.count("| docstrings |") == 2
+
+    def test_ultrachat(self):
+        assert self.run("ultrachat.py")

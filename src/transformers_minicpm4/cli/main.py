@@ -13,7 +13,7 @@ from importlib import import_module
 from .errors import UserError, one_line
 
 
-COMMANDS = ("demo", "generate", "info", "env", "serve", "chat")
+COMMANDS = ("demo", "generate", "info", "env", "ultraclean", "serve", "chat")
 # Their arguments belong to Transformers' command of the same name and are not parsed here.
 HANDED_OVER = ("serve", "chat")
 

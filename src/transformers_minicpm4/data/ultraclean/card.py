@@ -184,15 +184,21 @@ def write_card(
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": files}]}] if files else None,
     )
     reasons = "\n".join(f"- {count:,}: {reason}" for reason, count in sorted(total["reasons"].items()))
+    words = f"`{tokenizer}`" if tokenizer else "white space"
+    facts = [
+        f"classifier: `{model}`, SHA-256 `{model_digest}`",
+        f"words by: {words}",
+        f"threshold: {threshold:g}",
+        f"rows seen: {total['rows']:,}; kept: {total['kept']:,}; rejected: {total['rejected']:,}; without a score: "
+        f"{total['without_score']:,}",
+    ]
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {title}",
         "Filtered by the UltraClean recipe (MiniCPM4, arXiv 2506.07900, section 3.1): a fastText classifier gives "
-        f"each document the probability of being of the positive class, and documents at {threshold:g} or above are "
-        f"kept.- classifier: `{model}`, SHA-256 `{model_digest}`\n- words by: "
-        f"{f'`{tokenizer}`' if tokenizer else 'whitespace'}\n- threshold: {threshold:g}\n- rows seen: "
-        f"{total['rows']:,}; kept: {total['kept']:,}; rejected: {total['rejected']:,}; without a score: "
-        f"{total['without_score']:,}## By source",
+        f"each document the probability of being of the positive class; documents at {threshold:g} or above are kept.",
+        "\n".join(f"- {fact}" for fact in facts),
+        "## By source",
         as_table(summary),
         f"![score distributions by source]({picture})" if picture else "",
         "## Rows without a score" if reasons else "",
