@@ -121,3 +121,43 @@ def test_truncated_weights_are_an_error_not_a_model(tmp_path, tiny_config):
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(Exception, match="[Ii]ncomplete|[Tt]runcated|[Ii]nvalid|header|buffer"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+class TestWhenItHappens:
+    """Before anybody can miss it, and not before: torch and Transformers take seconds to import."""
+
+    def test_the_package_and_its_data_room_import_neither_torch_nor_transformers(self):
+        code = "import transformers_minicpm4.data.ultraclean, transformers_minicpm4.data.ultrachat, sys"
+        assert run(f"{code}\nprint([name for name in ('torch', 'transformers') if name in sys.modules])") == "[]"
+
+    @pytest.mark.parametrize(
+        "first",
+        [
+            "import transformers_minicpm4, importlib.util; importlib.util.find_spec('transformers')",
+            "import transformers_minicpm4; import transformers.models.llama",
+            "import transformers; import transformers_minicpm4",
+            "from transformers_minicpm4.infllm_v2.reference import attend",
+            "import transformers_minicpm4.generation.chat",
+            "import transformers_minicpm4.data, datasets, trl",
+        ],
+    )
+    def test_every_way_in_registers_once_and_leaves_one_of_each_module(self, first):
+        code = f"""
+{first}
+from transformers import AutoConfig, AttentionInterface
+import sys, transformers, transformers_minicpm4, transformers_minicpm4.infllm_v2, transformers_minicpm4.model
+config = AutoConfig.for_model("minicpm4")
+assert type(config) is transformers_minicpm4.MiniCPM4Config
+assert "infllm_v2" in AttentionInterface().valid_keys()
+assert transformers_minicpm4.infllm_v2 is sys.modules["transformers_minicpm4.infllm_v2"]
+assert transformers_minicpm4.infllm_v2.__spec__.origin.endswith("__init__.py")
+assert transformers.__spec__.origin.endswith("__init__.py")
+assert not [finder for finder in sys.meta_path if type(finder).__name__ == "_Registrar"]
+print("registered")
+"""
+        assert run(code) == "registered"
+
+    def test_unknown_names_are_attribute_errors(self):
+        with pytest.raises(AttributeError, match="has no attribute 'MiniCPM5'"):
+            transformers_minicpm4.MiniCPM5  # noqa: B018
+        assert set(transformers_minicpm4.__all__) <= set(dir(transformers_minicpm4))

@@ -1,5 +1,6 @@
 """Each notebook is the rendering of its text source, runs from top to bottom in a real kernel, and shows its point."""
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,14 @@ def test_kernel():
     assert float(text.split("root mean square error: ")[1].split()[0]) < 1e-5
     assert types.count("image/png") == 2
     assert "times faster than dense here" in text
+
+
+def test_ultraclean():
+    notebook = jupytext.read(NOTEBOOKS / "03_ultraclean.py")
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    text, types = shown(notebook)
+    counts = ast.literal_eval(next(line for line in text.splitlines() if line.startswith("{'kept'")))
+    assert counts["empty"] == counts["missing"] == 1
+    assert counts["kept"] > 300
+    assert "| reference |" in text
+    assert "image/png" in types
