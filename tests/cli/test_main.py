@@ -1,5 +1,6 @@
 """The command line itself: help, dispatch, exit codes, one sentence for each error."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ def test_general_help_names_every_command(run_cli):
     result = run_cli("--help")
     assert result.code == 0
     listed = result.out.split("commands:")[1]
-    assert all(f"\n    {command} " in listed for command in command_line.COMMANDS)
+    assert set(command_line.COMMANDS) <= set(re.findall(r"^    (\w+)\b", listed, re.M))
 
 
 def test_help_imports_no_heavy_library():

@@ -23,6 +23,7 @@ examples:
   minicpm4 generate MODEL --prompt "Name three rivers."  one answer, streamed
   minicpm4 info openbmb/MiniCPM4-8B                      what a checkpoint is, before it is loaded
   minicpm4 env                                           what this machine can run
+  minicpm4 ultraclean filter crawl.parquet --model quality.bin -o kept
 
 MODEL is a folder or a Hub id. `minicpm4 COMMAND --help` has examples for each command.
 """
