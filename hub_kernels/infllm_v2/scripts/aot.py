@@ -13,7 +13,9 @@ recorded instead of run; nothing here is written down a second time.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -46,6 +48,7 @@ SHARED_LIMIT = {
     "gfx942": 65_536,
 }
 NO_SPILLS = ("sm_80", "sm_87", "sm_89", "sm_90")
+torch.set_num_threads(1)
 TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -176,8 +179,13 @@ def main() -> int:
     tasks = [(target, name, args.dtype) for name in args.only or names for target in targets]
     rows = []
     print("| kernel | target | warps | registers | spilled bytes a thread | shared bytes |\n" + "| --- " * 6 + "|")
-    with ProcessPoolExecutor(args.jobs) as pool:
-        for row in pool.map(_task, tasks):
+    with contextlib.ExitStack() as stack:
+        run = map
+        if args.jobs > 1:
+            # Not forked: a child of a process whose OpenMP threads have run waits for them forever.
+            context = multiprocessing.get_context("spawn")
+            run = stack.enter_context(ProcessPoolExecutor(args.jobs, context)).map
+        for row in run(_task, tasks):
             rows.append(row)
             print(
                 f"| {row['kernel']} | {row['target']} | {row['warps']} | {row['registers']} | "
