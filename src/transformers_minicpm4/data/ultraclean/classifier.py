@@ -255,6 +255,9 @@ def train_classifier(
     output = Path(output)
     if output.exists() and not overwrite:
         raise FileExistsError(f"{output} exists: give another name, or overwrite=True to replace it.")
+    report_file = output.with_suffix(".json")
+    if report_file == output or (report_file.exists() and not overwrite):
+        raise FileExistsError(f"The report would replace {report_file}: give the model another name, ending in .bin.")
     read = partial(
         prepare,
         text_column=text_column,
