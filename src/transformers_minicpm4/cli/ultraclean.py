@@ -132,6 +132,7 @@ def train(args) -> None:
 
 
 def process(args) -> None:
+    from transformers_minicpm4.data.ultraclean.files import write_text
     from transformers_minicpm4.data.ultraclean.scorer import QualityFilter, QualityScorer
     from transformers_minicpm4.data.ultraclean.shards import process_shards
 
@@ -147,7 +148,7 @@ def process(args) -> None:
         inputs, args.output, functions, output_format=args.format, rows_per_shard=args.rows_per_shard,
         text_column=args.text_column, **options,
     )  # fmt: skip
-    _write(Path(args.output) / SETTINGS, facts)
+    write_text(Path(args.output) / SETTINGS, json.dumps(facts, indent=1) + "\n")
     counts = manifest["counts"]
     print(f"read {counts['read']:,}, kept {counts['kept']:,}")
     for kind in ("dropped", "rejected"):
@@ -257,9 +258,3 @@ def _read(path: Path, otherwise: str) -> dict:
     if not path.is_file():
         raise UserError(otherwise)
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _write(path: Path, content: dict) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)

@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from .files import write_text
+
 
 BINS = 40
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -208,8 +210,8 @@ def write_card(
         "safety or licence, and it is only as good as the verification of those seeds.",
     ]
     card = DatasetCard("\n\n".join(part for part in parts if part) + "\n")
-    _write(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-    _write(folder / "README.md", str(card))
+    write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_text(folder / "README.md", str(card))
     return folder / "README.md"
 
 
@@ -220,9 +222,3 @@ def _size_category(rows: int) -> str:
     if power == 0:
         return "n<1K"
     return f"{names[power - 1]}<n<{names[power]}" if power < 7 else "n>1B"
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

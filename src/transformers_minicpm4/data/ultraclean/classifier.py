@@ -9,7 +9,6 @@ here is given by source, and `leave_one_source_out` gives it for sources the cla
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from .fasttext_model import digest, import_fasttext, predict_positive
+from .files import write_json
 from .seeds import LABEL_PREFIX, LABELS, Documents, cells, prepare, sample, split
 
 
@@ -524,13 +524,6 @@ def check_classes(documents: Documents, purpose: str = "Training") -> None:
             f"{purpose} needs documents of both labels; there are {positives} 'pos' and {negatives} 'neg' (held-out "
             f"ones do not train).{dropped}"
         )
-
-
-def write_json(path: Path, content) -> None:
-    """Write `content`, whole or not at all."""
-    partial_file = path.with_name(f".{path.name}.{os.getpid()}")
-    partial_file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial_file.replace(path)
 
 
 def _progress(names: list[str]):

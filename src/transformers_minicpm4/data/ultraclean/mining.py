@@ -25,9 +25,9 @@ from .classifier import (
     train_prepared,
     training_settings,
     without,
-    write_json,
 )
 from .fasttext_model import check_file, import_fasttext
+from .files import write_json
 from .seeds import LABELS, Documents, joined, prepare, split
 
 

@@ -20,6 +20,8 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 from datasets.utils import logging, tqdm
 
+from .files import write_text
+
 
 logger = logging.get_logger(__name__)
 
@@ -350,8 +352,8 @@ def efficient_verification(
                 "loss, so the arms are less comparable. Give more text or take fewer steps."
             )
     report = VerificationReport(domains, seeds, confidence, data, settings)
-    _write(output_dir / "report.json", json.dumps(report.to_dict(), indent=1) + "\n")
-    _write(output_dir / "report.md", report.to_markdown())
+    write_text(output_dir / "report.json", json.dumps(report.to_dict(), indent=1) + "\n")
+    write_text(output_dir / "report.md", report.to_markdown())
     try:
         report.plot(output_dir / "losses.png")
     except ImportError as error:
@@ -644,7 +646,7 @@ class _Annealing:
                     f"{name}: the loss on {domain} is {losses[domain]}; the run diverged. Lower learning_rate, or "
                     "give warmup_steps, in a new output_dir."
                 )
-        _write(record, json.dumps({"arm": arm, "seed": seed, "losses": losses, **_versions()}, indent=1) + "\n")
+        write_text(record, json.dumps({"arm": arm, "seed": seed, "losses": losses, **_versions()}, indent=1) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         return losses
 
@@ -730,7 +732,7 @@ def _claim(output_dir: Path, settings: dict) -> dict:
         raise ValueError(f"training_arguments must be plain numbers, texts and lists ({error}).") from error
     path = output_dir / "settings.json"
     if not any((output_dir / "runs").glob("*.json")) and not (output_dir / "checkpoints").is_dir():
-        _write(path, json.dumps(settings, indent=1) + "\n")
+        write_text(path, json.dumps(settings, indent=1) + "\n")
         return settings
     there = json.loads(path.read_text(encoding="utf-8"))
     old, new = _flat(there), _flat(settings)
@@ -781,10 +783,3 @@ def _versions() -> dict:
     import transformers
 
     return {"torch": torch.__version__, "transformers": transformers.__version__}
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
