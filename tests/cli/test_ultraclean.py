@@ -6,6 +6,8 @@ import random
 import pytest
 from datasets import load_dataset
 
+from transformers_minicpm4.cli import ultraclean
+
 
 GOOD = [
     "the",
@@ -121,9 +123,132 @@ def test_filter_then_report(folder, corpus, model, run_cli):
 
 def test_a_scored_folder_is_filtered_without_the_model(folder, corpus, model, run_cli):
     run_cli("ultraclean", "score", *corpus, "--model", model, "-o", str(folder / "scored again"))
-    scored = sorted(str(path) for path in (folder / "scored again").glob("part-*"))
-    result = run_cli("ultraclean", "filter", *scored, "-o", str(folder / "kept again"), "--threshold", "0.5")
-    assert "kept 60" in result.out, result.err
+    scored = folder / "scored again"
+    for name, inputs in (("files", sorted(scored.glob("part-*"))), ("folder", [scored])):
+        kept = folder / "kept again" / name
+        result = run_cli("ultraclean", "filter", *inputs, "-o", kept, "--threshold", "0.5")
+        assert "read 111, kept 60" in result.out, result.err
+    assert "rejected" not in result.out  # neither the manifest nor the rejects of the first run are rows
+    # The scores say nothing about how they were made, and nor does the card.
+    assert run_cli("ultraclean", "report", kept).code == 0
+    card = (kept / "README.md").read_text()
+    assert "words by: unknown" in card
+    assert "classifier: `unknown`, SHA-256 `unknown`" in card
+
+
+def test_the_report_of_a_scored_folder_does_not_call_it_filtered(folder, corpus, model, run_cli):
+    scored = folder / "scored for the card"
+    run_cli("ultraclean", "score", *corpus, "--model", model, "-o", scored)
+    report = run_cli("ultraclean", "report", scored, "--threshold", "0.7")
+    assert "| source | rows | at or above 0.7 | below |" in report.out, report.err
+    card = (scored / "README.md").read_text()
+    assert "every document is still here" in card
+    assert "ilter" not in card
+    assert "words by: white space" in card
+    assert "classifier: `quality.bin`" in card  # the folders of this machine are not for the Hub
+    assert len(load_dataset(str(scored), split="train")) == 111
+
+
+def test_the_report_of_a_filtered_folder_keeps_its_threshold(folder, corpus, model, run_cli):
+    kept = folder / "kept at 0.6"
+    run_cli("ultraclean", "filter", *corpus, "--model", model, "-o", kept, "--threshold", "0.6")
+    refused = run_cli("ultraclean", "report", kept, "--threshold", "0.5")
+    assert refused.code == 2
+    assert "was filtered with the threshold 0.6; a card with 0.5 would not be true" in refused.sentence
+    assert not (kept / "README.md").exists()
+    assert run_cli("ultraclean", "report", kept, "--threshold", "0.6").code == 0
+
+
+@pytest.mark.parametrize("output_format", ["parquet", "jsonl"])
+def test_the_report_reads_the_column_and_the_types_that_were_scored(folder, model, run_cli, output_format):
+    path = folder / f"body-{output_format}.jsonl"
+    rows = [{"body": "how a method works", "id": 1}, {"body": "buy now", "id": 2}]
+    if output_format == "jsonl":
+        rows[1]["id"] = "two"  # what --format jsonl is for
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = folder / f"scored-body-{output_format}"
+    options = ("--text-column", "body", "--format", output_format)
+    assert run_cli("ultraclean", "score", path, "--model", model, "-o", out, *options).code == 0
+    report = run_cli("ultraclean", "report", out, "--json")
+    assert json.loads(report.out)["total"]["characters"] == len("how a method works") + len("buy now")
+
+
+@pytest.mark.parametrize(
+    "name, shown",
+    [
+        ("openbmb/Ultra-FineWeb-classifier:en", "openbmb/Ultra-FineWeb-classifier:en"),
+        ("owner/name-v1.0", "owner/name-v1.0"),
+        ("/home/me/models/quality.bin", "quality.bin"),
+        ("models/quality.bin", "quality.bin"),
+        ("~/quality.ftz", "quality.ftz"),
+        ("unknown", "unknown"),
+        (None, None),
+    ],
+)
+def test_a_card_names_hub_ids_in_full_and_files_without_folders(name, shown):
+    assert ultraclean._shown(name) == shown
+
+
+def test_a_path_with_an_equals_sign_is_a_path(tmp_path, monkeypatch, run_cli):
+    monkeypatch.chdir(tmp_path)
+    for name, words in (("date=2024", GOOD), ("date=2025", BAD)):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / f"{name[-2:]}.jsonl", 40, words, "x")
+    settings = ["--bucket", "1000", "--dim", "4", "--held-out", "0.2"]
+    pools = ["--pos", "date=2024/24.jsonl", "--neg", "ads=date=2025/25.jsonl"]
+    result = run_cli("ultraclean", "train", *pools, "-o", tmp_path / "q.bin", *settings)
+    assert result.code == 0, result.err
+    assert [line.split()[0] for line in result.out.splitlines()[1:3]] == ["24", "ads"]
+
+
+@pytest.mark.parametrize("action", ["score", "train"])
+def test_a_hub_id_may_have_a_dot(action, folder, corpus, model, run_cli):
+    name = "owner/corpus-v1.0"
+    if action == "score":
+        result = run_cli("ultraclean", "score", name, "--model", model, "-o", folder / "dotted")
+    else:
+        result = run_cli("ultraclean", "train", "--pos", name, "--neg", corpus[0], "-o", folder / "dotted.bin")
+    assert result.code == 2
+    # The tests are offline: that the Hub was asked is all that can be seen.
+    assert f"{name} is no file or folder here, nor could it be loaded from the Hub" in result.sentence
+
+
+def test_a_broken_line_of_a_pool_is_named(folder, corpus, run_cli):
+    result = run_cli("ultraclean", "train", "--pos", corpus[0], "--neg", corpus[1], "-o", folder / "broken.bin")
+    assert result.code == 2
+    assert f"{corpus[1]}, line 52: broken JSON" in result.sentence
+
+
+def test_the_notes_of_a_run_are_no_pool(folder, corpus, model, run_cli):
+    run_cli("ultraclean", "filter", corpus[1], "--model", model, "-o", folder / "all dropped", "--threshold", "1")
+    options = ("--neg", corpus[0], "-o", folder / "notes.bin", "--text-column", "text")
+    result = run_cli("ultraclean", "train", "--pos", folder / "all dropped", *options)
+    assert result.code == 2
+    assert "kept no row" in result.sentence
+
+
+def test_if_nothing_can_be_read_the_exit_code_says_so(folder, model, run_cli):
+    path = folder / "no.jsonl"
+    path.write_text("not json\n[]\n")
+    result = run_cli("ultraclean", "score", path, "--model", model, "-o", folder / "nothing")
+    assert result.code == 1
+    assert f"none of the 2 records could be read; {folder}/nothing/rejects-* say why" in result.sentence
+    assert run_cli("ultraclean", "report", folder / "nothing").code == 0
+
+
+def test_scores_that_are_no_numbers_and_foreign_folders_are_named(folder, run_cli):
+    path = folder / "strings.jsonl"
+    path.write_text(json.dumps({"text": "a", "quality_score": "0.7"}) + "\n")
+    result = run_cli("ultraclean", "filter", path, "-o", folder / "strings")
+    assert result.code == 2
+    assert "quality_score" in result.sentence
+    assert sorted(file.name for file in (folder / "strings").iterdir()) == ["manifest.json"]
+    (folder / "foreign").mkdir()
+    (folder / "foreign" / "manifest.json").write_text("[1]")
+    for command in (("filter", path, "-o", folder / "foreign"), ("report", folder / "foreign")):
+        result = run_cli("ultraclean", *command)
+        assert result.code == 2
+        assert "manifest.json is" in result.sentence
 
 
 @pytest.mark.parametrize(
@@ -134,6 +259,8 @@ def test_a_scored_folder_is_filtered_without_the_model(folder, corpus, model, ru
         (("score", "{corpus}", "--model", "{model}", "-o", "{folder}/x", "--text-column", "body"), "body"),
         (("filter", "{corpus}", "-o", "{folder}/x"), "quality_score"),
         (("filter", "{corpus}", "--model", "{model}", "-o", "{folder}/x", "--threshold", "2"), "threshold=2"),
+        (("filter", "{corpus}", "-o", "{folder}/x", "--tokenizer", "some/tokenizer"), "--tokenizer without --model"),
+        (("score", "data/none.parquet", "--model", "{model}", "-o", "{folder}/x"), "no such file or folder"),
         (("report", "{folder}"), "no manifest.json"),
         (("train", "--pos", "{corpus}", "--neg", "{corpus}", "-o", "{folder}/y.bin"), "two pools are named"),
         (("train", "--pos", "a={corpus}", "--neg", "b={corpus}", "-o", "{model}"), "exists"),

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from .errors import UserError, one_line
@@ -20,6 +21,8 @@ Corpora are jsonl, jsonl.gz, json or parquet files, folders of them, or ids of d
 stopped goes on where it was when the same command is given again.
 """
 SETTINGS = "ultraclean.json"
+# Endings of names that are files, not ids of the Hub.
+FILE_SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".gz", ".zst", ".csv", ".txt", ".arrow", ".bin", ".ftz")
 
 
 def register(subparsers) -> None:
@@ -55,7 +58,9 @@ def register(subparsers) -> None:
     train.add_argument("--overwrite", action="store_true", help="replace FILE")
     _add_text(train)
 
-    score = actions.add_parser("score", help="add quality_score, quality_label and quality_reason; keeps every row")
+    score = actions.add_parser(
+        "score", help="add quality_score, quality_label and quality_reason to every row that can be read"
+    )
     chosen = actions.add_parser(
         "filter", help="keep rows at or above a threshold; dropped rows are kept apart, with reasons"
     )
@@ -74,7 +79,7 @@ def register(subparsers) -> None:
     report = actions.add_parser("report", help="counts and score distributions by source; writes a dataset card")
     report.add_argument("folder", metavar="FOLDER", help="what score or filter wrote")
     report.add_argument(
-        "--threshold", type=float, help="to count with (default: the one it was filtered with, or 0.5)"
+        "--threshold", type=float, help="of a scored folder, to count with (default 0.5); a filtered one has its own"
     )
     report.add_argument("--source-column", default="source", metavar="NAME", help="default source")
     report.add_argument("--title", help="of the card")
@@ -131,11 +136,16 @@ def train(args) -> None:
     print(f"model: {args.output}\nreport: {Path(args.output).with_suffix('.json')}")
 
 
-def process(args) -> None:
+def process(args) -> int:
     from transformers_minicpm4.data.ultraclean.files import write_text
     from transformers_minicpm4.data.ultraclean.scorer import QualityFilter, QualityScorer
     from transformers_minicpm4.data.ultraclean.shards import process_shards
 
+    if args.tokenizer is not None and args.model is None:
+        raise UserError(
+            "--tokenizer without --model: words are made for a model only, and the scores of the corpus are taken as "
+            "they are; give --model too, or leave --tokenizer out."
+        )
     functions, facts = [], {"action": args.action, "threshold": getattr(args, "threshold", None)}
     if args.model is not None:
         scorer = QualityScorer(args.model, tokenizer=args.tokenizer, text_column=args.text_column)
@@ -155,32 +165,59 @@ def process(args) -> None:
         for reason, count in sorted(counts[kind].items()):
             print(f"{kind} {count:,}: {reason}")
     print(f"folder: {args.output}")
+    if counts["read"] and sum(counts["rejected"].values()) == counts["read"]:
+        print(
+            f"minicpm4 ultraclean: none of the {counts['read']:,} records could be read; "
+            f"{args.output}/rejects-* say why, line by line",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
 
 
 def report(args) -> None:
     from tqdm import tqdm
 
     from transformers_minicpm4.data.ultraclean.card import as_table, summarize, write_card
+    from transformers_minicpm4.data.ultraclean.records import read_rows
 
     folder = Path(args.folder)
     manifest = _read(
-        folder / "manifest.json", f"{folder} holds no manifest.json: name a folder that score or filter wrote."
+        folder / "manifest.json",
+        f"{folder} holds no manifest.json: name a folder that score or filter wrote.",
+        {"finished", "settings", "counts", "shards"},
     )
     if not manifest["finished"]:
         raise UserError(f"the run in {folder} is not finished; give its command again and it goes on.")
     facts = _read(
-        folder / SETTINGS, f"{folder} holds no {SETTINGS}: give the command that wrote the folder once more."
+        folder / SETTINGS,
+        f"{folder} holds no {SETTINGS}: give the command that wrote the folder once more.",
+        {"action", "threshold"},
     )
+    filtered = facts["action"] == "filter"
+    if filtered and args.threshold not in (None, facts["threshold"]):
+        raise UserError(
+            f"{folder} was filtered with the threshold {facts['threshold']:g}; a card with {args.threshold:g} would "
+            "not be true of it: leave --threshold out, or filter into another folder with the threshold you want."
+        )
     threshold = next(value for value in (args.threshold, facts["threshold"], 0.5) if value is not None)
-    rows = tqdm(_stored_rows(folder), total=manifest["counts"]["read"], desc="reading", unit=" rows", disable=None)
-    summary = summarize(rows, threshold=threshold, source_column=args.source_column)
-    suffix = manifest["settings"]["output_format"]
+    files = [
+        folder / shard["files"][name]["name"]
+        for name in ("part", "dropped")
+        for shard in manifest["shards"]
+        if name in shard["files"]
+    ]
+    rows = tqdm(read_rows(files), total=manifest["counts"]["read"], desc="reading", unit=" rows", disable=None)
+    settings = manifest["settings"]
+    summary = summarize(
+        rows, threshold=threshold, source_column=args.source_column, text_column=settings["text_column"]
+    )
     card = write_card(
-        folder, summary, title=args.title or folder.resolve().name, model=Path(facts.get("model",
-        "not recorded")).name, model_digest=facts.get("digest", "not recorded"), tokenizer=facts.get("tokenizer"),
-        license=args.license, files=f"part-*.{suffix}",
+        folder, summary, title=args.title or folder.resolve().name, model=_shown(facts.get("model", "unknown")),
+        model_digest=facts.get("digest", "unknown"), tokenizer=_shown(facts.get("tokenizer", "unknown")),
+        license=args.license, files=f"part-*.{settings['output_format']}", filtered=filtered,
     )  # fmt: skip
-    print(json.dumps(summary, indent=2) if args.json else f"{as_table(summary)}\ncard: {card}")
+    print(json.dumps(summary, indent=2) if args.json else f"{as_table(summary, filtered=filtered)}\ncard: {card}")
 
 
 def verify(args) -> int:
@@ -199,19 +236,27 @@ def verify(args) -> int:
 def load(path: str):
     """A `Dataset` from a file, a folder of files, or the train split of a dataset on the Hub."""
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    from transformers_minicpm4.data.ultraclean.records import Files, read_rows
 
     place = Path(path).expanduser()
     if not place.exists():
-        if place.suffix or path.count("/") > 1:
+        if not _may_be_on_the_hub(path):
             raise UserError(f"no such file or folder: {path}")
-        return load_dataset(path, split="train")
-    files = [place] if place.is_file() else sorted(file for file in place.iterdir() if file.name.startswith("part-"))
-    if place.is_dir() and not files:
-        files = sorted(file for file in place.iterdir() if _kind(file))
+        return _from_hub(path)
+    files = Files(place).paths
+    files = [file for file in files if file.name.startswith("part-")] or files
     kinds = {_kind(file) for file in files}
     if len(kinds) != 1 or None in kinds:
         raise UserError(f"{path} must be jsonl, jsonl.gz, json or parquet, or a folder of files of one such kind.")
-    return load_dataset(kinds.pop(), data_files=[str(file) for file in files], split="train")
+    try:
+        return load_dataset(kinds.pop(), data_files=[str(file) for file in files], split="train")
+    except DatasetGenerationError as error:
+        # The loader does not say where: reading it once more does.
+        for _ in read_rows(files):
+            pass
+        raise UserError(f"{path} cannot be loaded: {one_line(error.__cause__ or error)}") from error
 
 
 def _kind(file: Path) -> str | None:
@@ -228,6 +273,8 @@ def _all(paths: list[str]):
 def _named(given: str) -> tuple[str, str]:
     """`NAME=PATH`, or a path whose file name without suffixes is the name."""
     name, mark, path = given.partition("=")
+    if Path(given).expanduser().exists():  # a path may have a "=" of its own: date=2024/crawl.jsonl
+        mark = ""
     return (name, path) if mark else (Path(Path(given).name.removesuffix(".gz")).stem or given, given)
 
 
@@ -237,24 +284,45 @@ def _corpus(inputs: list[str]) -> tuple:
     if all(path.exists() for path in here):
         return here, {}
     missing = [name for name, path in zip(inputs, here) if not path.exists()]
-    if len(inputs) > 1 or Path(inputs[0]).suffix or inputs[0].count("/") > 1:
+    if len(inputs) > 1 or not _may_be_on_the_hub(inputs[0]):
         raise UserError(f"no such file or folder: {', '.join(missing)}")
+    return _from_hub(inputs[0], streaming=True), {"input_name": inputs[0]}
+
+
+def _may_be_on_the_hub(name: str) -> bool:
+    """Whether a name that is no file here can be a Hub id: `owner/name`, or a name alone; `:file` may follow."""
+    repository = name.partition(":")[0]
+    if repository.endswith(FILE_SUFFIXES) or repository.startswith((".", "/", "~")):
+        return False
+    # Names may have dots (owner/name-v1.0), those without an owner have none.
+    return repository.count("/") == 1 or not ("/" in repository or Path(repository).suffix)
+
+
+def _from_hub(name: str, **options):
     from datasets import load_dataset
 
-    return load_dataset(inputs[0], split="train", streaming=True), {"input_name": inputs[0]}
+    try:
+        return load_dataset(name, split="train", **options)
+    except OSError as error:
+        raise UserError(
+            f"{name} is no file or folder here, nor could it be loaded from the Hub: {one_line(error)}"
+        ) from error
 
 
-def _stored_rows(folder: Path):
-    """Rows of all shards, those dropped by a filter included."""
-    from datasets import load_dataset
-
-    for name in ("part", "dropped"):
-        for file in sorted(folder.glob(f"{name}-*")):
-            if kind := _kind(file):
-                yield from load_dataset(kind, data_files=str(file), split="train", streaming=True)
+def _shown(name: str | None) -> str | None:
+    """What a card calls a model or tokenizer: its Hub id, or the file's name without the folders of this machine."""
+    if name is None or (_may_be_on_the_hub(name) and not Path(name).exists()):
+        return name
+    return Path(name).name
 
 
-def _read(path: Path, otherwise: str) -> dict:
+def _read(path: Path, otherwise: str, keys: set[str]) -> dict:
     if not path.is_file():
         raise UserError(otherwise)
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or not keys <= content.keys():
+        raise UserError(f"{path} is damaged or of another program: name a folder that score or filter wrote.")
+    return content

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import pytest
 from datasets import Dataset
@@ -218,3 +219,68 @@ def test_wrong_settings_are_named(arguments, message):
         CodeFilter(**arguments)
     with pytest.raises(TypeError, match="not int"):
         check_code(3)
+
+
+def guarded(function, *arguments, seconds=2.0):
+    start = time.process_time()
+    result = function(*arguments)
+    assert time.process_time() - start < seconds
+    return result
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os as x\n" + "x" + ".get('a')" * 150,
+        "import os as x\n" + "x" + ".pop('a').b" * 100,
+        "import os as x\n" + "getattr(" * 80 + "x" + ", 'a')" * 80,
+        "import os as x\n" + ("x" + ".a" * 300 + "\n") * 60,
+        "".join(f"if c: a{n} = 1\n" for n in range(1000)),
+        "import os as x\n" + "".join(" " * n + "while c:\n" for n in range(30)) + " " * 30 + "x = x.a\n",
+    ],
+)
+def test_chains_and_branches_take_time_in_proportion(code):
+    assert guarded(check_code, code, seconds=5.0) == "ok"
+
+
+def test_long_chains_still_hide_nothing():
+    assert "user_interaction: line 2" in check_code("import os\nf = os" + ".sys.os" * 60 + ".sys.stdin")
+    assert "user_interaction" in check_code("import sys\n" + "sys.modules.get('builtins').input()")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os as x\n" + "x = x.a if c else x.b\n" * 30,
+        "import os as a\n"
+        + "".join(" " * n + "while c:\n" for n in range(30))
+        + "".join(" " * 30 + f"{x} = {y}.q if c else {y}.r\n" for x, y in zip("abcdefgh", "bcdefgha")),
+        "x = input()\nimport os as x\n" + "x = x.a if c else x.b\n" * 30,
+    ],
+)
+def test_what_multiplies_is_named_not_followed(code):
+    reason = guarded(check_code, code, seconds=20.0)
+    assert reason.endswith("dynamic_code: line 1, more branches and meanings than are followed")
+    assert ("user_interaction: line 1, input" in reason) == code.startswith("x = input()")
+
+
+@pytest.mark.parametrize("code", ["a" + ".b()" * 50_000, "[" * 50_000, "1" + "+1" * 50_000, "not " * 50_000 + "1"])
+def test_absurd_depth_is_a_syntax_error(code):
+    assert check_code(code).startswith("syntax_error: line 1, ")
+
+
+def test_odd_text_gets_a_reason():
+    assert check_code("x = '\ud800'").startswith("syntax_error: line 1, ")
+    assert check_code("import sys\ngetattr(sys, 0x1" + "0" * 5000 + ")") == "ok"
+
+
+def test_fences_by_any_line_end_and_case():
+    answer = "Here:\n```Python\nx = 1\n```\nand\n~~~PY3\nno\n~~~\n```PYTHON3\ny = 2\n````\n"
+    for end in ("\n", "\r\n", "\r"):
+        assert extract_code(answer.replace("\n", end)) == "x = 1\n\ny = 2\n"
+    assert CodeFilter()({"code": "```Python\r\nx = 1\r\n```\r\n"})["code_passed"]
+
+
+@pytest.mark.parametrize("text", ["```python\n", "~~~py\n`", "```python\n```", "`", "```", "x\n```python\n```\n"])
+def test_fences_that_stay_open_take_linear_time(text):
+    guarded(extract_code, text * (10**6 // len(text)))

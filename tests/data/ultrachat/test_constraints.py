@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from collections import Counter
 
 import pytest
@@ -23,6 +24,7 @@ from transformers_minicpm4.data.ultrachat.text_counts import (
     count_capital_words,
     count_characters,
     count_keyword,
+    count_lines,
     count_paragraphs,
     count_sentences,
     count_words,
@@ -321,3 +323,88 @@ def test_wrong_columns_and_texts_are_named():
         load_constraints("[{")
     with pytest.raises(ValueError, match="list of objects"):
         load_constraints(json.dumps({"type": "title"}))
+
+
+HOSTILE = [
+    ".",
+    "?",
+    "a.",
+    "。",
+    "# ",
+    " ",
+    "`",
+    "```\n",
+    "~",
+    "\n",
+    "\r",
+    "-",
+    "- ",
+    "-|",
+    "| ",
+    "\\|",
+    '."',
+    "\u0301\u0327",
+]
+
+
+@pytest.mark.parametrize("unit", HOSTILE, ids=repr)
+def test_time_is_linear_in_hostile_text(unit):
+    """Much of one thing, behind beginnings that start something and before ends that spoil it."""
+    for beginning, end in (("", "x"), ("# a", "x"), ("```", "`"), ("a |\n-", "x"), ("A.", "]"), ("```json\n", "x")):
+        text = beginning + unit * (10**5 // len(unit)) + end
+        for count in (count_sentences, count_words, count_paragraphs, count_characters, read_markdown):
+            start = time.process_time()
+            count(text)
+            assert time.process_time() - start < 0.5, count
+    start = time.process_time()
+    check_constraints(text, [{"type": "json"}, {"type": "keywords", "keywords": [unit.strip() or "a"]}])
+    assert time.process_time() - start < 3
+
+
+def test_lines_end_where_editors_end_them():
+    for end in ("\n", "\r\n", "\r"):
+        report = REPORT.replace("\n", end)
+        assert read_markdown(report) == read_markdown(REPORT)
+        assert (count_lines(report), count_paragraphs(report)) == (count_lines(REPORT), count_paragraphs(REPORT))
+        fenced = '```JSON\n{"a": 1}\n```\n'.replace("\n", end)
+        assert check_constraints(fenced, [{"type": "json"}, {"type": "code_block", "language": "json"}]) == "ok"
+    for inside in "\x0b\x0c\x1c\x85\u2028\u2029":
+        assert count_lines(f"a{inside}b\nc") == 2
+        assert read_markdown(f"```\na{inside}b\n```").code_blocks == [("", f"a{inside}b")]
+
+
+@pytest.mark.parametrize(
+    "line, heading",
+    [
+        ("# a #", (1, "a")),
+        ("## a#", (2, "a#")),
+        ("### a # b ###  ", (3, "a # b")),
+        ("#", (1, "")),
+        ("# ##", (1, "")),
+        ("#\ta", (1, "a")),
+        ("   # a \\#", (1, "a \\#")),
+    ],
+)
+def test_headings_end_before_their_closing_signs(line, heading):
+    assert read_markdown(line).headings == [heading]
+
+
+def test_marks_in_long_runs_count_as_in_short_ones():
+    assert count_characters("e" + "\u0301" * 31) == 31
+    assert count_characters("e" + "\u0301" * 100 + "e\u0301") == 101
+
+
+def test_odd_values_of_a_json_get_a_reason():
+    schema = {"type": "json", "schema": {"items": {"multipleOf": 0.01}}}
+    for text in ("[" + "9" * 400 + "]", "[1e999]", "[" * 500 + "]" * 500):
+        assert check_constraints(text, [schema]).startswith("json: ")
+    keys = "".join(f'"{n}": 1,' for n in range(50_000))
+    start = time.process_time()
+    assert "'49999' stands twice" in check_constraints("{" + keys + '"49999": 1}', [{"type": "json"}])
+    assert time.process_time() - start < 2
+
+
+def test_outputs_are_a_list():
+    for outputs in ("abc", b"abc", 3):
+        with pytest.raises(TypeError, match="outputs are a list of texts or None"):
+            OutputsChecker([{"type": "title"}])({"outputs": outputs})

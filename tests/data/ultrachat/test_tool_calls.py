@@ -282,3 +282,87 @@ def test_without_jsonschema_the_error_names_the_extra(monkeypatch):
         cache.cache_clear()
     with pytest.raises(ImportError, match=r"pip install transformers_minicpm4\[data\]"):
         check_tool_calls([call("f", {})], [tool("f", {})])
+
+
+def nested(levels, inner, wrap):
+    for _ in range(levels):
+        inner = wrap(inner)
+    return inner
+
+
+SURROGATE = json.loads(r'"\ud800"')  # what a model's JSON may hold and no file takes
+DEEP = nested(3000, 1, lambda inner: {"a": inner})
+DEEP_SCHEMA = nested(100, {"type": "string"}, lambda inner: {"type": "object", "properties": {"a": inner}})
+HUGE = "9" * 400
+TINY_STEPS = tool("f", {"a": {"type": "number", "multipleOf": 0.01}})
+
+
+@pytest.mark.parametrize(
+    "calls, tools, reason",
+    [
+        ([call(SURROGATE, {})], [WEATHER], r"unknown_tool: call 1 \ud800"),
+        ([call("get_weather", {"city": "x", SURROGATE: 1})], [WEATHER], "extra_argument"),
+        ([call("get_weather", {"city": "x", "unit": SURROGATE})], [WEATHER], "wrong_value"),
+        ([{SURROGATE: 1}], [WEATHER], r"malformed_call: call 1 has no name: {'\ud800"),
+        ([], [tool(SURROGATE, {"a": {"type": SURROGATE}})], r"bad_tool: '\ud800'"),
+        ([], [tool("f", {}, **{"$schema": 7})], "bad_tool: 'f': $schema is a text"),
+        ([], [tool("f", {}, **{"$schema": ["x"]})], "bad_tool: 'f': $schema is a text"),
+        ([], [tool("f", {}, **{"$schema": "http://["})], "bad_tool: 'f': no valid schema"),
+        ([call("f", {"a": 1})], [tool("f", {"a": {"$ref": "#/b"}}, **{"$id": "http://["})], "bad_tool: call 1 f"),
+        ([], [{"name": "f", "parameters": DEEP_SCHEMA}], "bad_tool: 'f': parameters have at most 32 levels"),
+        ([], [{"name": "f", "parameters": DEEP}], "bad_tool"),
+        ([], [{"name": "f", "parameters": json.dumps(DEEP_SCHEMA)}], "bad_tool"),
+        ([call("f", DEEP)], [tool("f", {}, additionalProperties=True)], "malformed_call: the calls are nested"),
+        ([call("f", json.dumps({"a": DEEP_SCHEMA}))], [{"name": "f"}], "malformed_arguments: call 1 f, nested deeper"),
+        ([call("f", f'{{"a": {HUGE}}}')], [TINY_STEPS], "schema_mismatch"),
+        ([call("f", '{"a": 1e999}')], [TINY_STEPS], "schema_mismatch"),
+        ([call("f", f'{{"a": {"9" * 5000}}}')], [TINY_STEPS], "malformed_arguments"),
+        ([call("f", b"{}")], [{"name": "f"}], "malformed_arguments: call 1 f, arguments are an object"),
+        ([call("f", {1, 2})], [{"name": "f"}], "malformed_arguments: call 1 f, arguments are an object"),
+        ([call("f", 16**5000)], [{"name": "f"}], "malformed_arguments: call 1 f, arguments are an object"),
+        ([call("f", {})], [tool("f", {}, default=object())], "ok"),
+        ([], [{"name": "f", "parameters": {(1, 2): 3}}], "bad_tool: 'f': keys must be str"),
+        (b"[]", [], "malformed_call: the calls are a list, not bytes"),
+        ([], 3, "bad_tool: the tools are a list, not int"),
+        ([call("f" * 10**6, {})], [WEATHER], "unknown_tool: call 1 ffff"),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
+)
+def test_whatever_models_write_gets_a_reason_that_files_take(calls, tools, reason):
+    row = {"tools": tools, "calls": calls}
+    found = ToolCallFilter(calls_column="calls")(row)["tool_calls_reason"]
+    assert found.startswith(reason)
+    assert len(found.encode("utf-8")) < 500
+
+
+@pytest.mark.parametrize("content", [5, 2.5, True, b"<think>x</think>", {"text": "x"}, [{"text": 3}], [None, 4]])
+def test_content_that_is_no_text_is_no_thought(content):
+    turn = {"role": "assistant", "content": content, "tool_calls": [{"name": "f"}]}
+    judged = ToolCallFilter(require_thought=True)({"tools": [{"name": "f"}], "messages": [turn]})
+    assert judged["tool_calls_reason"] == "no_thought: before the call of turn 1"
+
+
+def test_equal_turns_keep_their_numbers():
+    turn = {"role": "assistant", "tool_calls": [{"name": "f"}]}
+    judged = ToolCallFilter(require_thought=True)({"tools": [{"name": "f"}], "messages": [turn, dict(turn)]})
+    assert judged["tool_calls_reason"].endswith("no_thought: before the call of turn 2")
+
+
+def test_nested_as_deep_as_allowed_is_read():
+    """At the limit schema and arguments are still checked, through references and unions too."""
+    inner = nested(14, {"type": "string"}, lambda inside: {"type": "object", "properties": {"a": inside}})
+    deep = {"name": "f", "parameters": {"type": "object", "properties": {"a": inner}}}
+    assert check_tool_calls([call("f", nested(15, "x", lambda inside: {"a": inside}))], [deep]) == "ok"
+    assert check_tool_calls([call("f", nested(15, 1, lambda inside: {"a": inside}))], [deep]).startswith("wrong_type")
+    node = {"anyOf": [{"type": "object", "properties": {"a": {"$ref": "#/$defs/N"}}}, {"type": "integer"}]}
+    chain = tool("f", {"a": {"$ref": "#/$defs/N"}}, **{"$defs": {"N": node}})
+    assert check_tool_calls([call("f", nested(32, 1, lambda inside: {"a": inside}))], [chain]) == "ok"
+
+
+def test_lists_of_types_know_the_same_words():
+    properties = {"a": {"type": ["str", "null"]}, "b": {"type": ["int", "integer"]}, "c": {"type": ["any", "str"]}}
+    loose = {"name": "f", "parameters": {"type": ["dict", "null"], "properties": properties}}
+    assert check_tool_calls([call("f", '{"a": null, "b": 1, "c": []}')], [loose]) == "ok"
+    assert check_tool_calls([call("f", {"a": "x", "b": 2})], [loose]) == "ok"
+    assert check_tool_calls([call("f", {"a": 1})], [loose]).startswith("wrong_type: call 1 f, a")
+    assert check_tool_calls([], [{"name": "f", "parameters": {"type": ["array", "null"]}}]).startswith("bad_tool")

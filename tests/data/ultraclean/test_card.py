@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections import Counter
 
 import pytest
@@ -52,6 +53,61 @@ def test_a_dataset_and_a_stream_give_the_same(rows):
 def test_unscored_rows_are_refused():
     with pytest.raises(ValueError, match="no column 'quality_score'.*score the dataset first"):
         summarize([{"text": "a"}])
+    for score in ("0.7", True, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="'quality_score' holds .*a number from 0 to 1, or None, is needed"):
+            summarize([{"text": "a", "quality_score": score}])
+    with pytest.raises(ValueError, match="threshold=2"):
+        summarize([], threshold=2)
+
+
+def test_a_long_table_ends_with_the_smaller_sources_in_one_row(rows):
+    for index in range(60):
+        rows += [{"source": f"s{index:02d}", "quality_score": 0.25 if index < 3 else 0.9}] * (100 - index)
+    summary = summarize(rows)
+    lines = as_table(summary, most=20).splitlines()[2:]
+    assert len(lines) == 20 + 2
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[20][0] == f"({len(summary['sources']) - 20} smaller sources)"
+    for column in range(1, 5):  # the rows add up to the last
+        *parts, total = (int(line[column].replace(",", "")) for line in cells)
+        assert sum(parts) == total
+    assert cells[20][6] == "0.91"
+    assert len(as_table(summary).splitlines()) == 2 + 30 + 2
+
+
+NAMES = ["$x_{$", "a$b$c", "cost $5 | cost $6", "tab\\|le", "two\nlines", "x" * 300, ""]
+
+
+def test_names_of_sources_break_neither_picture_nor_table(tmp_path):
+    summary = summarize({"source": name, "quality_score": 0.5} for name in NAMES)
+    plot_scores(summary, tmp_path / "scores.png")
+    table = as_table(summary).splitlines()
+    assert len(table) == 2 + len(NAMES) + 1
+    for line in table:
+        # what remains of the pipes when escaped characters are gone are the borders of seven cells
+        assert re.sub(r"\\.", "", line).count("|") == 8, line
+
+
+def test_a_scored_dataset_is_not_called_filtered(rows, tmp_path):
+    facts = {"title": "A corpus", "model": "m.bin", "model_digest": "ab" * 32, "tokenizer": "unknown"}
+    write_card(tmp_path, summarize(rows, threshold=0.6), **facts, filtered=False)
+    card = DatasetCard.load(tmp_path / "README.md")
+    assert card.data.tags == ["ultraclean", "quality-scored"]
+    assert "every document is still here" in card.text
+    assert "| at or above 0.6 | below |" in card.text
+    for word in ("kept", "rejected", "iltered"):
+        assert word not in card.text
+    assert "words by: unknown" in card.text
+    for tokenizer, words in ((None, "words by: white space"), ("owner/name", "words by: `owner/name`")):
+        write_card(tmp_path, summarize(rows), **{**facts, "tokenizer": tokenizer})
+        assert words in (tmp_path / "README.md").read_text()
+
+
+def test_the_card_lists_the_largest_sources_and_the_file_all(tmp_path):
+    summary = summarize({"source": f"s{index}", "quality_score": 0.5} for index in range(45))
+    write_card(tmp_path, summary, title="Many", model="m.bin", model_digest="ab" * 32)
+    assert "`summary.json` lists all 45" in (tmp_path / "README.md").read_text()
+    assert len(json.loads((tmp_path / "summary.json").read_text())["sources"]) == 45
 
 
 def test_the_card_loads_as_a_card_and_the_folder_as_a_dataset(rows, tmp_path):

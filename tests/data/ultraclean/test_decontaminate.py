@@ -86,6 +86,17 @@ def test_short_evaluation_texts_are_counted(caplog):
     assert "1 texts of evaluation set 'quiz' have fewer than 5 tokens" in caplog.text
 
 
+def test_a_single_row_is_refused():
+    decontaminator = NgramDecontaminator.from_texts({"x": ["one two three"]}, n=3)
+    rows = Dataset.from_dict({"text": ["one two three", "four"]})
+    marked = rows.map(decontaminator, batched=True)
+    for change in (lambda dataset: dataset, Dataset.to_iterable_dataset):
+        with pytest.raises(TypeError, match="column 'text' .* pass batched=True"):
+            list(change(rows).map(decontaminator))
+        with pytest.raises(TypeError, match="column 'contaminated' .* pass batched=True"):
+            list(change(marked).filter(ContaminationFilter()))
+
+
 def test_errors():
     with pytest.raises(TypeError, match="one string"):
         NgramDecontaminator.from_texts({"quiz": "a text"})

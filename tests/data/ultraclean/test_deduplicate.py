@@ -119,6 +119,26 @@ def test_exact_duplicates():
     assert TextHash()({"text": texts})["text_hash"][3] == ""
 
 
+@pytest.mark.parametrize("ids", [[1, 2, 3], ["a", "b", "c"]])
+@pytest.mark.parametrize("name", [None, "numpy", "pandas", "torch"])
+def test_the_filter_keeps_what_is_null_in_any_format(ids, name):
+    rows = Dataset.from_dict({"id": ids, "text": ["a", "b", "A"]})
+    marked = mark_exact_duplicates(rows).with_format(name)
+    assert marked.filter(DuplicateFilter(), batched=True).with_format(None)["id"][:] == ids[:2]
+
+
+@pytest.mark.parametrize("function", [MinHashSignature(num_perm=16), TextHash()])
+def test_a_single_row_is_refused(function):
+    rows = Dataset.from_dict({"text": ["ab cd", "ef", None]})
+    for dataset in (rows, rows.to_iterable_dataset(), rows.with_format("numpy")):
+        with pytest.raises(TypeError, match="column 'text' .* pass batched=True"):
+            list(dataset.map(function))
+    marked = mark_exact_duplicates(rows, id_column=None)
+    for dataset in (marked, marked.to_iterable_dataset()):
+        with pytest.raises(TypeError, match="column 'duplicate_of' .* pass batched=True"):
+            list(dataset.filter(DuplicateFilter()))
+
+
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7, 0.8, 0.95, 1.0])
 def test_bands_find_pairs_at_the_threshold(threshold):
     bands, rows = lsh_bands(threshold, 128)

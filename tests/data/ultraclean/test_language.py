@@ -46,6 +46,13 @@ def test_null_where_nothing_can_be_said():
     assert tags["language_confidence"][:8] == [None] * 8
 
 
+def test_a_single_row_is_refused():
+    rows = Dataset.from_dict({"text": ["The house is small.", None]})
+    for dataset in (rows, rows.to_iterable_dataset(), rows.with_format("numpy")):
+        with pytest.raises(TypeError, match="pass batched=True"):
+            list(dataset.map(LanguageTagger()))
+
+
 def test_choice_of_languages():
     tagger = LanguageTagger(languages=("en", "fr"), column="lang")
     tags = tagger({"text": ["Das Haus ist klein."]})

@@ -149,6 +149,21 @@ def test_nothing_sure_ends_it(tmp_path):
     assert result["stopped"] == "round 1: the classifier is sure of no document of the pool"
 
 
+def test_rounds_without_their_state_are_not_taken_up(tmp_path):
+    mine(SEEDS, POOL, tmp_path, held_out=HELD_OUT, rounds=1, **SURE, **SETTINGS)
+    state = tmp_path / "state.json"
+    for content in ("", "[]", '{"rounds": []}', state.read_text()[:-20]):
+        state.write_text(content)
+        with pytest.raises(ValueError, match=r"state.json is damaged or not the state of a mining: put it back"):
+            mine(SEEDS, POOL, tmp_path, held_out=HELD_OUT, rounds=1, **SURE, **SETTINGS)
+    state.unlink()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    other = POOL.select(range(100))
+    with pytest.raises(ValueError, match=r"has no state.json but holds round_0.bin, .* give another folder"):
+        mine(SEEDS, other, tmp_path, held_out=HELD_OUT, rounds=1, **SURE, **SETTINGS)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_wrong_folders_and_arguments_are_named(tmp_path):
     mine(SEEDS, POOL, tmp_path / "a", held_out=0.2, rounds=1, **SURE, **SETTINGS)
     with pytest.raises(ValueError, match="holds mining rounds with other settings, pool"):

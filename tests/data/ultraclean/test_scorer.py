@@ -27,6 +27,10 @@ BAD = {
     "\ud800 text": "lone surrogate",
     "\u0301\u0302": "no words",
     "\u0301\0\u0302": "no words",
+    "</s>": "no words",
+    " </s>\v</s> ": "no words",
+    "__label__pos": "no words",
+    "__LABEL__neg \0__label__\f</s>": "no words",
     3: "not a string",
     b"bytes": "not a string",
 }
@@ -96,14 +100,45 @@ def test_what_is_no_text_scores_null_with_a_reason_and_shifts_nobody(model, norm
     scorer = QualityScorer(model, normalize=normalize)
     good = scorer({"text": ["g1 g2 g3"]})["quality_score"]
     for text, reason in BAD.items():
-        if reason == "no words" and not normalize:
+        if reason == "no words" and not normalize and not ("label" in text or "</s>" in text):
             continue
+        text = text.lower() if isinstance(text, str) and not normalize else text
         batch = scorer({"text": ["g1 g2 g3", text, "g1 g2 g3"]})
         assert batch["quality_score"] == [*good, None, *good]
         assert batch["quality_label"] == ["pos", None, "pos"]
         assert batch["quality_reason"] == [None, reason, None]
     nothing = scorer({"text": []})
     assert nothing == {"quality_score": [], "quality_label": [], "quality_reason": []}
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_words_that_fasttext_takes_for_something_else_change_no_score(model, normalize):
+    """A label scores as if it were not there, as in fastText; and `</s>` hides nothing of what follows it."""
+    scorer = QualityScorer(model, normalize=normalize)
+    pairs = {
+        "g1 </s> b1 b2 b3": "g1 b1 b2 b3",
+        "</s> g1 g2": "g1 g2",
+        "g1 __label__neg b2": "g1 b2",
+        "__label__neg b1 b2 </s>\0__label__": "b1 b2",
+    }
+    marked, plain = (scorer({"text": list(texts)})["quality_score"] for texts in (pairs, pairs.values()))
+    assert marked == plain
+    assert marked[0] < 0.5 < marked[1]
+
+
+@pytest.mark.parametrize("name", [None, "numpy"])
+def test_a_single_row_is_refused_by_scorer_and_filter(model, rows, name):
+    """Without batched=True each letter of the text would be a row, and any list of decisions be true."""
+    scorer = QualityScorer(model)
+    scored = rows.map(scorer, batched=True).with_format(name)
+    for dataset in (rows.with_format(name), rows.with_format(name).to_iterable_dataset()):
+        with pytest.raises(TypeError, match="column 'text' .* pass batched=True"):
+            list(dataset.map(scorer))
+    for dataset in (scored, scored.to_iterable_dataset()):
+        with pytest.raises(TypeError, match="column 'quality_score' .* pass batched=True"):
+            list(dataset.filter(QualityFilter()))
+    with pytest.raises(TypeError, match="pass batched=True"):
+        scorer({"id": 1, "text": None})
 
 
 def test_every_way_of_running_gives_the_same_rows(model, rows):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -154,14 +155,14 @@ def test_resuming_anywhere_equals_one_run(files, tmp_path, stop_after):
     assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
 
 
-# The module is loaded by its path: importing the package would import torch, twice.
+# The folder is made a package of its own: importing ours would import torch, twice.
 SLOW = """
-    import importlib.util, sys, time
+    import sys, time, types
     from dataclasses import dataclass
 
-    spec = importlib.util.spec_from_file_location("shards", sys.argv[1])
-    shards = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(shards)
+    sys.modules["room"] = types.ModuleType("room")
+    sys.modules["room"].__path__ = [sys.argv[1]]
+    from room import shards
 
     @dataclass(frozen=True)
     class Slow:
@@ -180,7 +181,14 @@ def test_a_killed_process_loses_and_repeats_nothing(files, tmp_path):
 
     def command(seconds, *folders):
         folders = [str(tmp_path / folder) for folder in folders]
-        return [sys.executable, str(script), shards.__file__, seconds, ",".join(map(str, files)), *folders]
+        return [
+            sys.executable,
+            str(script),
+            os.path.dirname(shards.__file__),
+            seconds,
+            ",".join(map(str, files)),
+            *folders,
+        ]
 
     process = subprocess.Popen(command("0.05", "killed"))
     deadline = time.monotonic() + 60
@@ -271,6 +279,39 @@ def test_foreign_folder_is_left_alone(files, tmp_path):
     with pytest.raises(ValueError, match="choose an empty folder"):
         run(files, tmp_path / "out")
     assert (tmp_path / "out" / "part-00000.parquet").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("content", ["{", "null", "[]", '{"files": ["a"]}'])
+def test_foreign_or_broken_manifest_is_left_alone(files, tmp_path, content):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.json").write_text(content)
+    with pytest.raises(
+        ValueError, match=r"manifest.json is not, or no longer, the manifest of a run .*another folder"
+    ):
+        run(files, tmp_path / "out")
+    assert contents(tmp_path / "out") == {"manifest.json": content.encode()}
+
+
+@pytest.mark.parametrize("value", ['"many"', str(2**70), str(10**400), '{"a": 1}', "[1]"])
+def test_values_of_two_types_are_refused_by_parquet_and_kept_by_jsonl(tmp_path, value):
+    """Nothing is left half-written: the same folder takes the run in the other format."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "x": 1}\n{"text": "b", "x": ' + value + "}\n")
+    for rows_per_shard in (1, 2):
+        out = tmp_path / f"out{rows_per_shard}"
+        with pytest.raises(ValueError, match=r"('x' holds values|shard 1 does not fit).*column_types.*--format jsonl"):
+            run(path, out, Length(), rows_per_shard=rows_per_shard)
+        assert sorted(p.name for p in out.glob(".*")) == []
+    assert [p.name for p in out.iterdir()] == ["manifest.json"]
+    run(path, out, Length(), output_format="jsonl")
+    assert [row["x"] for row in read(out, "part")] == [1, json.loads(value)]
+
+
+def test_a_callable_that_cannot_use_the_values_says_which_it_got(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a", "length": 700, "reason": None}])
+    with pytest.raises(TypeError, match=r"Longer cannot use the values .*length: int, str; reason: NoneType"):
+        run([path, write_jsonl(tmp_path / "b.jsonl", [{"text": "b", "length": "700"}])], tmp_path / "out", Longer(600))
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["manifest.json"]
 
 
 def test_missing_column_names_what_is_there_and_can_be_put_right(files, tmp_path):

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+from collections import Counter
 from dataclasses import dataclass
 
 import pytest
@@ -12,6 +13,8 @@ from datasets import Dataset, Value
 
 from transformers_minicpm4.data.ultraclean.decontaminate import ContaminationFilter, NgramDecontaminator
 from transformers_minicpm4.data.ultraclean.deduplicate import MinHashSignature
+from transformers_minicpm4.data.ultraclean.normalize import to_words
+from transformers_minicpm4.data.ultraclean.scorer import QualityScorer
 from transformers_minicpm4.data.ultraclean.spark import score_with_spark
 
 
@@ -103,6 +106,40 @@ def test_spark_equals_datasets(spark, rows, tmp_path):
     assert found == sorted(expected, key=lambda row: row["id"])
     assert sum(row["contaminated"] for row in found) >= 20
     assert [row["reason"] for row in found].count("no text") == 2
+
+
+def test_quality_scores_equal_those_of_datasets(spark, rows, tmp_path):
+    fasttext = pytest.importorskip("fasttext", reason="no module fasttext is installed")
+    # English against Chinese.
+    lines = [f"__label__{'neg' if n < 150 else 'pos'} {to_words(row['text'] or '')}" for n, row in enumerate(rows)]
+    (tmp_path / "train.txt").write_text("\n".join(lines))
+    settings = {
+        "dim": 4,
+        "epoch": 10,
+        "lr": 1.0,
+        "minCount": 1,
+        "bucket": 1000,
+        "wordNgrams": 2,
+        "thread": 1,
+        "verbose": 0,
+    }
+    fasttext.train_supervised(str(tmp_path / "train.txt"), **settings).save_model(str(tmp_path / "model.bin"))
+    scorer = QualityScorer(tmp_path / "model.bin")
+    # The first batches have no score at all.
+    texts = [None, "", " ", "</s>"] * 8 + [row["text"] for row in rows]
+    data = Dataset.from_dict({"n": list(range(len(texts))), "text": texts})
+    data.to_parquet(tmp_path / "rows.parquet")
+    scored = score_with_spark(spark.read.parquet(str(tmp_path / "rows.parquet")), scorer, batch_size=16)
+    assert scored.dtypes[2:] == [
+        ("quality_score", "double"),
+        ("quality_label", "string"),
+        ("quality_reason", "string"),
+    ]
+    found = sorted((row.asDict() for row in scored.collect()), key=lambda row: row["n"])
+    assert found == data.map(scorer, batched=True).to_list()
+    assert min(Counter(row["quality_label"] for row in found).values()) > 30
+    reasons = Counter(row["quality_reason"] for row in found)
+    assert reasons == {"missing": 9, "empty": 9, "only whitespace": 8, "no words": 8, None: len(rows) - 2}
 
 
 def test_types_by_hand_and_errors(spark):

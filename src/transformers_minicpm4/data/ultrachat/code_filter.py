@@ -14,9 +14,8 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import regex
-
 from .reasons import OK, column_of, join_reasons, shorten
+from .text_counts import read_markdown
 
 
 # Modules whose use is a dialogue: terminal, windows, browser, debugger. Those of third parties count where allowed.
@@ -56,15 +55,33 @@ _TERMINALS = {0, "/dev/stdin", "/dev/tty", "/dev/fd/0", "/proc/self/fd/0", "CON"
 _IMPORTERS = {("builtins", "__import__"), ("importlib", "import_module"), ("importlib", "__import__")}
 _RUNNERS = {("builtins", "exec"), ("builtins", "eval"), ("builtins", "compile")}
 _MAX_DEPTH = 5  # of code in strings in code
-_FENCE = regex.compile(r"^ {0,3}(`{3,}|~{3,})[ \t]*py(?:thon3?)?[ \t]*\n(.*?)^ {0,3}\1[ \t]*$", regex.S | regex.M)
+_MAX_PARTS = 32  # of a dotted name that is followed
+_MAX_MEANINGS = 100  # of one expression
+_MAX_STEPS = 3_000_000  # names looked at in one program: some seconds
+_FENCED = ("py", "python", "python3")
 
 UNKNOWN = ""  # the meaning "some value of the user's own"
 
 
 def extract_code(text: str) -> str:
     """The Python of a Markdown answer: its closed ```python fences, joined; the text itself where it has none."""
-    blocks = [match[2] for match in _FENCE.finditer(text)]
+    blocks = [f"{code}\n" for language, code in read_markdown(text).code_blocks if language.lower() in _FENCED]
     return "\n".join(blocks) if blocks else text
+
+
+class _TooTangled(Exception):
+    """Branches or meanings multiply beyond what is followed."""
+
+
+def _dotted(base: str, name: str) -> str:
+    """`base.name`; of a very long one the first part and the last, so that a chain of n takes time in proportion."""
+    if base == UNKNOWN:
+        return UNKNOWN
+    whole = f"{base}.{name}"
+    if whole.count(".") < _MAX_PARTS:
+        return whole
+    parts = whole.split(".")
+    return ".".join([parts[0], *parts[1 - _MAX_PARTS :]])
 
 
 def _tail(name: str) -> tuple[str, ...]:
@@ -85,6 +102,13 @@ class _Reader:
         self.depth = depth
         self.problems: dict[str, None] = {}  # a set that keeps its order
         self.shared: dict[str, set[str]] = {}  # names bound through global and nonlocal
+        self.known: dict[ast.AST, set[str]] = {}  # meanings under the environment of the moment
+        self.steps = 0
+
+    def step(self, cost: int = 1):
+        self.steps += cost
+        if self.steps > _MAX_STEPS:
+            raise _TooTangled
 
     def report(self, code: str, node: ast.AST, detail: str):
         self.problems.setdefault(f"{code}: line {getattr(node, 'lineno', 1)}, {shorten(detail)}")
@@ -101,13 +125,22 @@ class _Reader:
 
     def meanings(self, node: ast.AST, env: dict) -> set[str]:
         """The dotted names an expression may stand for; `UNKNOWN` for anything else."""
+        if node not in self.known:
+            found = self._meanings(node, env)
+            self.step(len(found))
+            if len(found) > _MAX_MEANINGS:
+                raise _TooTangled
+            self.known[node] = found
+        return self.known[node]
+
+    def _meanings(self, node: ast.AST, env: dict) -> set[str]:
         if isinstance(node, ast.Name):
             return self.lookup(node.id, env)
         if isinstance(node, ast.Attribute):
             bases = self.meanings(node.value, env)
             if node.attr == "__dict__":
                 return bases
-            return {f"{base}.{node.attr}" if base != UNKNOWN else UNKNOWN for base in bases}
+            return {_dotted(base, node.attr) for base in bases}
         if isinstance(node, ast.NamedExpr):
             return self.meanings(node.value, env)
         if isinstance(node, ast.IfExp):
@@ -115,23 +148,23 @@ class _Reader:
         if isinstance(node, ast.BoolOp):
             return set().union(*(self.meanings(value, env) for value in node.values))
         if isinstance(node, ast.Subscript):
-            return self._meanings_of_item(node, env)
+            return self._meanings_of_item(self.meanings(node.value, env), node.slice, env)
         if isinstance(node, ast.Call):
             return self._meanings_of_call(node, env)
         return {UNKNOWN}
 
-    def _meanings_of_item(self, node: ast.Subscript, env: dict) -> set[str]:
-        key = node.slice.value if isinstance(node.slice, ast.Constant) else None
+    def _meanings_of_item(self, bases: set[str], index: ast.AST, env: dict) -> set[str]:
+        key = index.value if isinstance(index, ast.Constant) else None
         if not isinstance(key, str):
             return {UNKNOWN}
         found = set()
-        for base in self.meanings(node.value, env):
+        for base in bases:
             if _tail(base) == ("sys", "modules"):
                 found.add(key)
             elif base == "globals()":
                 found |= self.lookup(key, env)
             else:
-                found.add(f"{base}.{key}" if base != UNKNOWN else UNKNOWN)
+                found.add(_dotted(base, key))
         return found
 
     def _meanings_of_call(self, node: ast.Call, env: dict) -> set[str]:
@@ -147,10 +180,11 @@ class _Reader:
                 found |= self.meanings(first, env)
             elif name == "builtins.getattr" and len(node.args) > 1 and isinstance(node.args[1], ast.Constant):
                 bases = self.meanings(first, env)
-                found |= {f"{base}.{node.args[1].value}" if base != UNKNOWN else UNKNOWN for base in bases}
+                key = node.args[1].value
+                found |= {_dotted(base, key) if isinstance(key, str) else UNKNOWN for base in bases}
             elif name.endswith((".__getitem__", ".get", ".pop")) and isinstance(first, ast.Constant):
-                owner = node.func.value if isinstance(node.func, ast.Attribute) else ast.Constant(value=None)
-                found |= self._meanings_of_item(ast.Subscript(value=owner, slice=first), env)
+                owned = self.meanings(node.func.value, env) if isinstance(node.func, ast.Attribute) else {UNKNOWN}
+                found |= self._meanings_of_item(owned, first, env)
             else:
                 found.add(UNKNOWN)
         return found
@@ -164,7 +198,9 @@ class _Reader:
         if isinstance(node, ast.Lambda):
             for default in (*node.args.defaults, *node.args.kw_defaults):
                 self.check(default, env)
+            self.known.clear()  # another environment begins, and ends
             self.check(node.body, {**env, **{name: {UNKNOWN} for name in _parameters(node.args)}})
+            self.known.clear()
             return
         if isinstance(node, ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp):
             self._check_comprehension(node, env)
@@ -184,6 +220,7 @@ class _Reader:
 
     def _check_comprehension(self, node, env: dict):
         inner = dict(env)
+        self.known.clear()
         for generator in node.generators:
             self.check(generator.iter, inner)
             self.bind(generator.target, {UNKNOWN}, inner)
@@ -191,6 +228,7 @@ class _Reader:
                 self.check(condition, inner)
         for part in (node.key, node.value) if isinstance(node, ast.DictComp) else (node.elt,):
             self.check(part, inner)
+        self.known.clear()
 
     def _report_names(self, names: Iterable[str], node: ast.AST):
         for name in sorted(names):
@@ -249,13 +287,16 @@ class _Reader:
             self.report("dynamic_code", node, f"code in a string: {problem}")
             return
         inner = _Reader(self.allowed, self.depth + 1)
+        inner.steps = self.steps
         inner.run(tree, env)
+        self.steps = inner.steps
         for found in inner.problems:
             self.report(found.split(":")[0], node, f"in a string: {found.split(', ', 1)[-1]}")
 
     # -- statements ------------------------------------------------------------------------------------------------
 
     def bind(self, target: ast.AST, names: set[str], env: dict):
+        self.known.clear()
         if isinstance(target, ast.Name):
             if target.id in env.get("global", ()):
                 self.shared[target.id] = self.shared.get(target.id, set()) | names
@@ -292,6 +333,7 @@ class _Reader:
         """Blocks of which each may run or not: afterwards a name may mean what it meant before or in any of them."""
         for statements in blocks:
             inside = dict(env)
+            self.step(len(env))
             self.block(statements, inside, later)
             if loop and (merged := _merge(inside, env)) != env:  # what one round binds, the next may read
                 inside = merged
@@ -299,6 +341,8 @@ class _Reader:
             env.update(_merge(env, inside))
 
     def statement(self, node: ast.stmt, env: dict, later: dict):
+        self.known.clear()
+        self.step()
         if isinstance(node, ast.Import | ast.ImportFrom):
             self._import(node, env)
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -402,6 +446,8 @@ class _Reader:
             self.bind(ast.Name(id=alias.asname or alias.name), {whole}, env)
 
     def _function(self, node, outer: dict):
+        self.known.clear()
+        self.step(len(outer))
         env = {name: names for name, names in outer.items() if name != "global"}
         local = _bound_in(node.body)
         env.update({name: {UNKNOWN} for name in (*local, *_parameters(node.args))})
@@ -425,6 +471,8 @@ def _merge(one: dict, other: dict) -> dict:
     for name in {**one, **other}:
         if name in ("*", "global"):
             merged[name] = {*one.get(name, ()), *other.get(name, ())}
+        elif one.get(name) is other.get(name):
+            merged[name] = one[name]
         else:
             builtin = {f"builtins.{name}"}
             merged[name] = set(one.get(name, builtin)) | set(other.get(name, builtin))
@@ -501,6 +549,8 @@ def check_code(code: str | None, allowed_imports: Iterable[str] = ()) -> str:
         reader.run(tree)
     except RecursionError:
         return "syntax_error: line 1, nested too deep"
+    except _TooTangled:
+        return join_reasons([*reader.problems, "dynamic_code: line 1, more branches and meanings than are followed"])
     return join_reasons(reader.problems)
 
 

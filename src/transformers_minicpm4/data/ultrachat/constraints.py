@@ -76,7 +76,7 @@ FIELDS = {
     "case": (("case",), ()),
 }
 _DEFAULT_ONE = ("keywords", "headings", "bullets", "numbered", "code_block", "table")
-_JSON_FENCE = regex.compile(r"\s*```(?:json)?[ \t]*\n(.*)\n```\s*", regex.DOTALL | regex.IGNORECASE)
+_JSON_FENCE = regex.compile(r"\s*```(?:json)?[ \t]*(?:\r\n?|\n)(.*)[\r\n]```\s*", regex.DOTALL | regex.IGNORECASE)
 
 
 def _refuse(constraint, what: str):
@@ -396,6 +396,8 @@ class OutputsChecker(ConstraintChecker):
 
     def __call__(self, row: dict) -> dict:
         outputs = column_of(row, self.text_column, "OutputsChecker")
+        if outputs is not None and (isinstance(outputs, str | bytes) or not hasattr(outputs, "__iter__")):
+            raise TypeError(f"outputs are a list of texts or None, not {type(outputs).__name__}; name their column")
         reasons = [check_constraints(output, self._constraints(row)) for output in outputs or []]
         passed = [reason == OK for reason in reasons]
         return {"outputs_passed": passed, "outputs_reason": reasons, "passed_count": sum(passed)}

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-from .reasons import OK, column_of
+from .reasons import OK, column_of, shorten
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -49,11 +49,15 @@ class DifficultyFilter:
 
     def __call__(self, row: dict) -> dict:
         results = column_of(row, self.results_column, "DifficultyFilter")
-        results = list(results) if results is not None else []
+        wrong = results is not None and (isinstance(results, str | bytes) or not hasattr(results, "__iter__"))
+        kind = type(results).__name__
+        results = [] if wrong or results is None else list(results)
         total, score = len(results), math.nan
         bad = [value for value in results if not isinstance(value, bool | int | float) or not 0 <= value <= 1]
-        if bad:
-            reason = f"bad_result: {bad[0]!r}, a result is true, false or from 0 to 1"
+        if wrong:
+            reason = f"bad_result: {kind}, results are a list"
+        elif bad:
+            reason = f"bad_result: {shorten(repr(bad[0]))}, a result is true, false or from 0 to 1"
         elif total < self.samples:
             reason = f"too_few_samples: {total} of {self.samples}"
         else:

@@ -17,7 +17,7 @@ import regex
 from .code_filter import check_code
 from .constraints import check_constraints, describe_constraint, load_constraints
 from .json_schemas import drop_nulls
-from .reasons import OK, shorten
+from .reasons import OK, shorten, writable
 from .text_counts import read_markdown
 from .tool_calls import check_tool_calls
 
@@ -39,7 +39,7 @@ _SECTIONS = {
     "long_context": ["Question", "Answer"],
     "code": ["Task", "Solution", "Tests"],
 }
-_TOOL_ANSWER = regex.compile(r"\s*<think>(.*?)</think>\s*(\[.*\])\s*", regex.DOTALL)
+_TOOL_ANSWER = regex.compile(r"\s*<think>(.*?)</think>\s*(\[.*)", regex.DOTALL)
 
 
 @lru_cache(maxsize=1)
@@ -69,11 +69,17 @@ def render_prompt(prompt: str, row: dict) -> list[dict]:
     missing = [name for name in needed if fields[name] is None or not str(fields[name]).strip()]
     if missing:
         raise ValueError(f"prompt {prompt!r} needs {', '.join(needed)}; missing or blank: {', '.join(missing)}")
+    if prompt == "math":
+        solutions = fields["solutions"] or 2
+        if isinstance(solutions, bool) or not isinstance(solutions, int) or not 1 <= solutions <= 100:
+            raise ValueError(f"prompt 'math' asks for 1 to 100 solutions, not {shorten(repr(solutions))}")
     if prompt == "instruction":
         fields["constraint_texts"] = [describe_constraint(each) for each in load_constraints(fields["constraints"])]
     if prompt == "tools":
         tools = fields["tools"]
-        fields["tools_json"] = tools if isinstance(tools, str) else json.dumps(drop_nulls(tools), ensure_ascii=False)
+        fields["tools_json"] = (
+            tools if isinstance(tools, str) else json.dumps(drop_nulls(tools), ensure_ascii=False, default=str)
+        )
     text = _templates().get_template(f"{prompt}.jinja").render(fields)
     return [{"role": "user", "content": text.strip()}]
 
@@ -89,7 +95,7 @@ def check_answer(prompt: str, answer: str, row: dict) -> str:
     if prompt == "instruction":
         return check_constraints(answer, row.get("constraints"))
     if prompt == "tools":
-        match = _TOOL_ANSWER.fullmatch(answer)
+        match = answer.rstrip().endswith("]") and _TOOL_ANSWER.fullmatch(answer)
         if not match:
             return "format: asked <think>thoughts</think> and then a JSON list of calls"
         if not match[1].strip():
@@ -127,7 +133,7 @@ def _ask(generate: Callable, messages: list[dict]) -> str:
     output = generate(messages)
     if not isinstance(output, str):
         raise TypeError(f"generate(messages) must give a string, not {type(output).__name__}: {shorten(output)}")
-    return output
+    return writable(output)  # one answer that no file takes would end a run of many hours
 
 
 def generate_until(generate: Callable, messages: list[dict], check: Callable, max_attempts: int = 10) -> Attempts:
@@ -199,7 +205,7 @@ class TrackGenerator:
         try:
             messages = render_prompt(self.prompt, row)
         except ValueError as error:
-            reason = f"bad_row: {error}"
+            reason = writable(f"bad_row: {error}")
             return self._row("", Attempts(outputs=[""], reasons=[reason]), reason)
 
         def check(answer: str) -> str:
@@ -211,12 +217,12 @@ class TrackGenerator:
 
     def _row(self, prompt: str, found: Attempts, reason: str) -> dict:
         return {
-            "prompt": prompt,
+            "prompt": writable(prompt),
             "response": found.output,
             "attempts": found.outputs,
-            "attempt_reasons": found.reasons,
+            "attempt_reasons": [writable(reason) for reason in found.reasons],
             "generation_passed": reason == OK,
-            "generation_reason": reason,
+            "generation_reason": writable(reason),
         }
 
 

@@ -12,9 +12,14 @@ from collections.abc import Iterable
 OK = "ok"
 
 
+def writable(text: str) -> str:
+    r"""The text with lone surrogates written out (`\ud800`): models' JSON holds such, and no file takes them."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def join_reasons(problems: Iterable[str]) -> str:
     """One reason out of many problems (each `"code: detail"`); `"ok"` where there are none."""
-    return "; ".join(problems) or OK
+    return writable("; ".join(problems)) or OK
 
 
 def reason_counts(reasons: Iterable[str]) -> dict[str, int]:
@@ -24,7 +29,11 @@ def reason_counts(reasons: Iterable[str]) -> dict[str, int]:
 
 def shorten(value, length: int = 60) -> str:
     """A value as it may stand in a reason: one line, at most `length` characters."""
-    text = " ".join(str(value).split())
+    try:
+        text = str(value)
+    except (RecursionError, ValueError):  # nested too deep; a number of more digits than Python writes
+        text = f"a {type(value).__name__} too large to show"
+    text = writable(" ".join(text.split()))
     return text if len(text) <= length else text[: length - 3] + "..."
 
 

@@ -1,4 +1,4 @@
-"""
+r"""
 What a word, a sentence, a heading is: the exact definitions that the constraints of `constraints.py` count by.
 
 - word: every Chinese character (Unicode script Han) and every kana counts as one word; of all other writing, a longest
@@ -9,7 +9,7 @@ What a word, a sentence, a heading is: the exact definitions that the constraint
 - sentence: a piece of a line that holds a word and ends at 。！？…, at . ! ? before white space, or with the line.
   The full stop of an abbreviation with stops inside ("e.g.", "U.S.") or of Mr Mrs Ms Dr Prof St vs cf ends nothing.
   Closing quotes and brackets belong to the sentence that they close.
-- paragraph: a longest run of lines that are not blank. line: a line that is not blank.
+- paragraph: a longest run of lines that are not blank. line: a line that is not blank. Lines end at \n, \r\n or \r.
 
 Markdown is read line by line as CommonMark does at the outermost level: fenced code is code, whatever stands in it.
 """
@@ -26,10 +26,26 @@ WORD = regex.compile(
     rf"[{_CHARACTER_SCRIPTS}]|{_LETTER}+(?:(?:['’\-]|(?<=\p{{N}})[.,](?=\p{{N}})){_LETTER}+)*", regex.V1
 )
 _CLOSERS = r"[\"'”’»」』）)\]]*"
-_ABBREVIATION = r"(?:\b(?:\p{L}\.)+\p{L}|\b(?:Mr|Mrs|Ms|Dr|Prof|St|vs|cf))"
+_ABBREVIATION = r"(?:\b\p{L}\.\p{L}|\b(?:Mr|Mrs|Ms|Dr|Prof|St|vs|cf))"
+# Possessive, and tried only where a run of stops begins: nothing is read twice, so time is linear in any text.
 _SENTENCE_END = regex.compile(
-    rf"[。！？…]+{_CLOSERS}|(?:(?<!{_ABBREVIATION})\.|[!?])[.!?]*{_CLOSERS}(?=\s|$)", regex.V1
+    rf"[。！？…]++{_CLOSERS}+|(?<![.!?])(?!(?<={_ABBREVIATION})\.(?![.!?]))[.!?]++{_CLOSERS}+(?=\s|$)", regex.V1
 )
+_LINE_END = regex.compile(r"\r\n?|\n")
+_MANY_MARKS = regex.compile(r"\p{M}{31}")
+_PIECES = regex.compile(r"\P{M}*+\p{M}{1,30}|\P{M}++")
+
+
+def split_lines(text: str) -> list[str]:
+    """Lines as CommonMark and editors see them; str.splitlines also ends them at form feeds, U+0085, U+2028 ..."""
+    return _LINE_END.split(text)
+
+
+def _nfc(text: str) -> str:
+    """NFC. Runs of more than 30 marks (no writing has such) go in pieces: Python sorts a run in quadratic time."""
+    if not _MANY_MARKS.search(text):
+        return unicodedata.normalize("NFC", text)
+    return "".join(unicodedata.normalize("NFC", piece) for piece in _PIECES.findall(text))
 
 
 def find_words(text: str) -> list[str]:
@@ -42,20 +58,20 @@ def count_words(text: str) -> int:
 
 
 def count_characters(text: str) -> int:
-    return len(unicodedata.normalize("NFC", text).strip())
+    return len(_nfc(text).strip())
 
 
 def count_sentences(text: str) -> int:
-    pieces = (piece for line in text.splitlines() for piece in _SENTENCE_END.split(line))
+    pieces = (piece for line in split_lines(text) for piece in _SENTENCE_END.split(line))
     return sum(1 for piece in pieces if WORD.search(piece))
 
 
 def count_lines(text: str) -> int:
-    return sum(1 for line in text.splitlines() if line.strip())
+    return sum(1 for line in split_lines(text) if line.strip())
 
 
 def count_paragraphs(text: str) -> int:
-    filled = [bool(line.strip()) for line in text.splitlines()]
+    filled = [bool(line.strip()) for line in split_lines(text)]
     return sum(1 for before, now in zip([False, *filled], filled) if now and not before)
 
 
@@ -71,7 +87,7 @@ def count_keyword(text: str, keyword: str, ignore_case: bool = True) -> int:
     A keyword that begins (ends) with a letter of a script with spaces must begin (end) a word: "cat" is not in
     "concatenate". Chinese, kana and punctuation count wherever they stand. Both sides are compared in NFC.
     """
-    keyword, text = (unicodedata.normalize("NFC", part) for part in (keyword, text))
+    keyword, text = (_nfc(part) for part in (keyword, text))
     before = rf"(?<!{_LETTER})" if regex.match(_LETTER, keyword, regex.V1) else ""
     after = rf"(?!{_LETTER})" if regex.match(_LETTER, keyword[-1:], regex.V1) else ""
     flags = regex.V1 | (regex.IGNORECASE if ignore_case else 0)
@@ -100,16 +116,25 @@ class Markdown:
     sections: list[tuple[str, bool]] = field(default_factory=list)  # (heading, is there text before the next heading)
 
 
-_FENCE = regex.compile(r" {0,3}(`{3,}|~{3,})[ \t]*([^\s`]*)[^`]*$")
-_HEADING = regex.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*?))?(?:[ \t]+#+)?[ \t]*$")
-_RULE = regex.compile(r" {0,3}([-*_])(?:[ \t]*\1){2,}[ \t]*$")
+# Possessive where a failure must not be tried again from every place of a long line.
+_FENCE = regex.compile(r" {0,3}(`{3,}+|~{3,}+)[ \t]*+([^\s`]*+)[^`]*+$")
+_HEADING = regex.compile(r" {0,3}(#{1,6}+)(?![^ \t])(.*)", regex.DOTALL)
+_RULE = regex.compile(r" {0,3}([-*_])(?:[ \t]*+\1){2,}+[ \t]*+$")
 _BULLET = regex.compile(r"[ \t]*[-*+][ \t]+\S")
 _NUMBERED = regex.compile(r"[ \t]*\d{1,9}[.)][ \t]+\S")
-_DELIMITERS = regex.compile(r" {0,3}(?!-[ \t])\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$")
+_CELL = r"[ \t]*+:?-++:?[ \t]*+"
+_DELIMITERS = regex.compile(rf" {{0,3}}(?!-[ \t])\|?{_CELL}(?:\|{_CELL})*+\|?[ \t]*+$")
 
 
 def _opens_block(line: str) -> bool:
     return any(block.match(line) for block in (_FENCE, _HEADING, _RULE, _BULLET, _NUMBERED))
+
+
+def _heading_text(rest: str) -> str:
+    """What stands after the opening #s, without the closing ones."""
+    rest = rest.strip()
+    text = rest.rstrip("#")
+    return text.rstrip() if not text or text[-1] in " \t" else rest
 
 
 def _cells(line: str) -> int:
@@ -121,11 +146,11 @@ def _cells(line: str) -> int:
 def read_markdown(text: str) -> Markdown:
     """The outermost blocks of `text`. Headings underlined with === or --- are not counted: constraints ask for "#"."""
     found = Markdown()
-    lines = text.splitlines()
+    lines = split_lines(text)
     first = next((line for line in lines if line.strip()), "")
     opening = _HEADING.match(first)
-    if opening and len(opening[1]) == 1 and (opening[2] or "").strip():
-        found.title = opening[2].strip()
+    if opening and len(opening[1]) == 1:
+        found.title = _heading_text(opening[2]) or None
     fence, start, language = None, 0, ""
     row = 0
     while row < len(lines):
@@ -141,7 +166,7 @@ def read_markdown(text: str) -> Markdown:
         elif match := _FENCE.match(line):
             fence, language, start = match[1], match[2], row + 1
         elif match := _HEADING.match(line):
-            found.headings.append((len(match[1]), (match[2] or "").strip()))
+            found.headings.append((len(match[1]), _heading_text(match[2])))
             found.sections.append((found.headings[-1][1], False))
             row += 1
             continue

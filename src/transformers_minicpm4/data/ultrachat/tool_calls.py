@@ -7,9 +7,7 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 
-import regex
-
-from .json_schemas import compile_schema, drop_nulls, parse_json, schema_errors
+from .json_schemas import MAX_DEPTH, compile_schema, drop_nulls, parse_json, schema_errors, too_deep
 from .reasons import OK, column_of, join_reasons, shorten
 
 
@@ -29,7 +27,6 @@ _TYPE_ALIASES = {
 _SHARED = ("allOf", "not", "if", "dependentSchemas", "unevaluatedProperties")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")
 _VALUES = ("enum", "const", "default", "examples")
-_THOUGHT = regex.compile(r"<think>(.*?)</think>", regex.DOTALL)
 
 
 def _rename_types(schema):
@@ -43,10 +40,13 @@ def _rename_types(schema):
             renamed[key] = value
         elif key in _NAMED and isinstance(value, dict):
             renamed[key] = {name: _rename_types(item) for name, item in value.items()}
-        elif key == "type" and value == "any":
-            continue
-        elif key == "type" and isinstance(value, str):
-            renamed[key] = _TYPE_ALIASES.get(value, value)
+        elif key == "type" and isinstance(value, str | list):
+            types = [value] if isinstance(value, str) else value
+            if "any" in types:
+                continue
+            types = [_TYPE_ALIASES.get(each, each) if isinstance(each, str) else each for each in types]
+            distinct = [each for place, each in enumerate(types) if each not in types[:place]]  # "int" and "integer"
+            renamed[key] = distinct[0] if isinstance(value, str) else distinct
         elif key == "required" and isinstance(value, bool):
             continue  # "required": true on an argument is no JSON Schema; the list on the object counts
         else:
@@ -92,9 +92,12 @@ def _parameters_schema(parameters: str) -> str:
     parsed = parse_json(parameters)
     if not isinstance(parsed, dict):
         raise ValueError(f"parameters are a JSON schema of an object, not {shorten(parameters)}")
+    if too_deep(parsed):
+        raise ValueError(f"parameters have at most {MAX_DEPTH} levels; put deeper parts under $defs")
     schema = _rename_types(parsed)
-    if schema.setdefault("type", "object") != "object":
-        raise ValueError(f"parameters have type {schema['type']!r}; a tool's arguments are an object")
+    types = schema.setdefault("type", "object")
+    if types != "object" and not (isinstance(types, list) and "object" in types):
+        raise ValueError(f"parameters have type {shorten(repr(types))}; a tool's arguments are an object")
     if not any(key in schema for key in ("$ref", "anyOf", "oneOf", "allOf")):
         schema.setdefault("properties", {})
     if not _uses(schema, _SHARED):
@@ -115,7 +118,10 @@ def _as_list(value, what: str) -> list:
         except ValueError as error:
             raise ValueError(f"{what} are no JSON, {shorten(error)}") from error
     else:
-        value = drop_nulls(value)
+        try:
+            value = drop_nulls(value)
+        except RecursionError as error:
+            raise ValueError(f"{what} are nested too deep") from error
     if value is None:
         return []
     if isinstance(value, dict):
@@ -139,13 +145,20 @@ def _read_tools(tools) -> dict[str, str]:
         function = _function_of(entry, f"tool {place}")
         name, parameters = function["name"], function.get("parameters")
         if name in found:
-            raise ValueError(f"{name!r} is offered twice")
+            raise ValueError(f"{shorten(repr(name))} is offered twice")
         try:
-            text = parameters if isinstance(parameters, str) else json.dumps(parameters or {})
+            text = parameters if isinstance(parameters, str) else json.dumps(parameters or {}, default=str)
             found[name] = _parameters_schema(text)
-        except ValueError as error:
-            raise ValueError(f"{name!r}: {error}") from error
+        except (ValueError, TypeError, RecursionError) as error:  # json.dumps: keys that are no text, endless depth
+            raise ValueError(f"{shorten(repr(name))}: {error}") from error
     return found
+
+
+def _show(value) -> str:
+    try:
+        return shorten(json.dumps(value, default=str))
+    except (ValueError, TypeError, RecursionError):
+        return shorten(value)
 
 
 def _argument_problems(where: str, schema: str, arguments) -> list[str]:
@@ -155,18 +168,21 @@ def _argument_problems(where: str, schema: str, arguments) -> list[str]:
         except ValueError as error:
             return [f"malformed_arguments: {where}, {shorten(error, 80)}"]
     if not isinstance(arguments, dict):
-        return [f"malformed_arguments: {where}, arguments are an object, not {shorten(json.dumps(arguments))}"]
+        return [f"malformed_arguments: {where}, arguments are an object, not {_show(arguments)}"]
+    if too_deep(arguments):
+        return [f"malformed_arguments: {where}, nested deeper than {MAX_DEPTH} levels"]
     problems = []
     for keyword, path, error in schema_errors(schema, arguments):
+        path = shorten(path)
         inside = f" in {path}" if path else ""
-        if keyword == "required":
+        if keyword == "required" and isinstance(error.validator_value, list):
             missing = [name for name in error.validator_value if name not in error.instance]
             name = next(name for name in missing if repr(name) in error.message)
-            problems.append(f"missing_argument: {where}, {name!r}{inside}")
+            problems.append(f"missing_argument: {where}, {shorten(repr(name))}{inside}")
         elif keyword in ("additionalProperties", "unevaluatedProperties") and error.validator_value is False:
             known = error.schema.get("properties", {})
             extra = [name for name in error.instance if name not in known]
-            problems.append(f"extra_argument: {where}, {', '.join(map(repr, extra))}{inside}")
+            problems.append(f"extra_argument: {where}, {shorten(', '.join(map(repr, extra)))}{inside}")
         elif keyword == "type":
             problems.append(f"wrong_type: {where}, {path or 'the arguments'}: {shorten(error.message, 80)}")
         elif keyword in ("enum", "const"):
@@ -212,7 +228,7 @@ def check_tool_calls(calls, tools) -> str:
             problems.append(f"malformed_call: {error}")
             continue
         name = function["name"]
-        where = f"call {place} {name}"
+        where = f"call {place} {shorten(name)}"
         if name not in offered:
             problems.append(f"unknown_tool: {where}, offered {shorten(', '.join(offered))}")
         else:
@@ -230,10 +246,13 @@ def has_thought(message: dict) -> bool:
             return True
     content = message.get("content")
     if isinstance(content, list):
-        content = " ".join(part.get("text") or "" for part in content if isinstance(part, dict))
-    content = content or ""
+        texts = [part.get("text") for part in content if isinstance(part, dict)]
+        content = " ".join(text for text in texts if isinstance(text, str))
+    if not isinstance(content, str):
+        return False
     if "<think>" in content or "</think>" in content:
-        return any(thought.strip() for thought in _THOUGHT.findall(content))
+        closed = content.split("</think>")[:-1]
+        return any(part.partition("<think>")[2].strip() for part in closed)
     return bool(content.strip())
 
 
@@ -275,11 +294,11 @@ class ToolCallFilter:
                 turns = [turn for turn in messages if turn.get("role") == "assistant" and turn.get("tool_calls")]
             except (ValueError, AttributeError) as error:
                 turns, problems = [], [f"malformed_messages: {shorten(error, 100)}"]
-        for turn in turns:
+        for place, turn in enumerate(turns, start=1):
             reason = check_tool_calls(turn["tool_calls"], tools)
             problems += [reason] if reason != OK else []
             if self.require_thought and not has_thought(turn):
-                problems.append(f"no_thought: before the call of turn {turns.index(turn) + 1}")
+                problems.append(f"no_thought: before the call of turn {place}")
             count += self._count(turn["tool_calls"])
         reason = join_reasons(problems)
         return {"tool_calls_count": count, "tool_calls_passed": reason == OK, "tool_calls_reason": reason}

@@ -9,12 +9,14 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable
+from numbers import Real
 from pathlib import Path
 
 from .files import write_text
 
 
 BINS = 40
+LARGEST = 30  # sources that a table shows
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 
@@ -41,8 +43,10 @@ def summarize(
         those of the bins.
 
     Raises:
-        ValueError: a row has no score column.
+        ValueError: a row has no score column, or something else than a number in it; a threshold outside [0, 1].
     """
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold={threshold}: scores are probabilities, give a value from 0 to 1")
     groups: dict[str, dict] = {}
     for row in rows:
         if score_column not in row:
@@ -53,13 +57,7 @@ def summarize(
         source = row.get(source_column) if source_column else None
         own = groups.setdefault("(no source)" if source is None else str(source), _empty())
         _count(own, row, threshold, score_column, reason_column, text_column)
-    total = _empty()
-    for own in groups.values():
-        for name, value in own.items():
-            if isinstance(value, list):
-                total[name] = [a + b for a, b in zip(total[name], value)]
-            else:
-                total[name] += value
+    total = _sum(groups.values())
     report = {"threshold": threshold, "sources": dict(sorted(groups.items())), "total": total}
     for own in (*groups.values(), total):
         own["quantiles"] = _quantiles(own["histogram"])
@@ -72,6 +70,17 @@ def _empty() -> dict:
     return {**counts, "reasons": Counter(), "histogram": [0] * BINS}
 
 
+def _sum(counts: Iterable[dict]) -> dict:
+    total = _empty()
+    for own in counts:
+        for name in total:
+            if name == "histogram":
+                total[name] = [a + b for a, b in zip(total[name], own[name])]
+            else:
+                total[name] += Counter(own[name]) if name == "reasons" else own[name]
+    return total
+
+
 def _count(own, row, threshold, score_column, reason_column, text_column) -> None:
     text, score = row.get(text_column), row[score_column]
     own["rows"] += 1
@@ -80,6 +89,11 @@ def _count(own, row, threshold, score_column, reason_column, text_column) -> Non
         own["without_score"] += 1
         own["reasons"][row.get(reason_column) or "no reason given"] += 1
         return
+    if isinstance(score, bool) or not isinstance(score, Real) or not 0 <= score <= 1:
+        raise ValueError(
+            f"column {score_column!r} holds {score!r}: a number from 0 to 1, or None, is needed; score the dataset "
+            "again (QualityScorer), or name the column that holds the scores."
+        )
     own["kept" if score >= threshold else "rejected"] += 1
     own["histogram"][min(int(score * BINS), BINS - 1)] += 1
 
@@ -98,19 +112,35 @@ def _quantiles(histogram: list[int]) -> dict[str, float] | None:
     return found
 
 
-def as_table(summary: dict) -> str:
-    """The counts as a Markdown table, the sources with most rows first."""
-    lines = ["| source | rows | kept | rejected | no score | share kept | median score |", "| --- " * 7 + "|"]
+def as_table(summary: dict, *, filtered: bool = True, most: int = LARGEST) -> str:
+    """
+    The counts as a Markdown table: the `most` sources with most rows, the others in one row.
+
+    Args:
+        filtered: False where the rows below the threshold are still in the dataset.
+    """
+    above, below = ("kept", "rejected") if filtered else (f"at or above {summary['threshold']:g}", "below")
+    lines = [f"| source | rows | {above} | {below} | no score | share {above} | median score |", "| --- " * 7 + "|"]
     sources = sorted(summary["sources"].items(), key=lambda item: -item[1]["rows"])
-    for name, own in [*sources, ("all", summary["total"])]:
+    others = [own for _, own in sources[most:]]
+    shown = [(_cell(name), own) for name, own in sources[:most]]
+    if others:
+        rest = _sum(others)
+        rest["quantiles"] = _quantiles(rest["histogram"])
+        shown.append((f"({len(others):,} smaller sources)", rest))
+    for name, own in [*shown, ("all", summary["total"])]:
         median = "" if own["quantiles"] is None else f"{own['quantiles']['0.5']:.2f}"
         share = f"{own['kept'] / own['rows']:.0%}" if own["rows"] else ""
-        name = name.replace("|", "\\|")
         lines.append(
             f"| {name} | {own['rows']:,} | {own['kept']:,} | {own['rejected']:,} | {own['without_score']:,} | "
             f"{share} | {median} |"
         )
     return "\n".join(lines)
+
+
+def _cell(name: str) -> str:
+    """A name that neither ends its cell of a Markdown table nor the table."""
+    return " ".join(name.replace("\\", "\\\\").replace("|", "\\|").split())
 
 
 def plot_scores(summary: dict, path: str | os.PathLike, most: int = 12) -> Path:
@@ -135,7 +165,10 @@ def plot_scores(summary: dict, path: str | os.PathLike, most: int = 12) -> Path:
         axis.bar(edges, [count / total for count in own["histogram"]], width=1 / BINS, color="#4878a8")
         axis.axvline(summary["threshold"], color="#c44e52", linewidth=1)
         axis.set_yticks([])
-        axis.set_ylabel(f"{name}\n{own['rows']:,}", rotation=0, ha="right", va="center", fontsize=7)
+        name = " ".join(name.split())
+        label = f"{name if len(name) <= 40 else name[:37] + '...'}\n{own['rows']:,}"
+        # A name is a name: "$" begins no formula.
+        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=7, parse_math=False)
     axes[-1].set_xlim(0, 1)
     axes[-1].set_xlabel("quality score")
     path = Path(path)
@@ -156,6 +189,7 @@ def write_card(
     license: str | None = None,
     notes: str = "",
     files: str | None = None,
+    filtered: bool = True,
 ) -> Path:
     """
     Write `README.md` (a dataset card for the Hub), `summary.json` and, with matplotlib, `scores.png` into a
@@ -163,9 +197,12 @@ def write_card(
 
     Args:
         summary: from `summarize`.
-        model, model_digest: the classifier's name and the SHA-256 of its content; tokenizer: of the words it was
-        given. license: of the *data*, as the Hub spells it (`apache-2.0`, `other`); left out of the card if unknown.
+        model, model_digest: the classifier's name and the SHA-256 of its content.
+        tokenizer: of the words the classifier was given; `None` if words end at white space, `"unknown"` if it is
+            not known.
+        license: of the *data*, as the Hub spells it (`apache-2.0`, `other`); left out of the card if unknown.
         files: pattern of the data files of the `train` split in the folder, for `load_dataset(folder)`.
+        filtered: False for a dataset that is scored and still holds the rows below the threshold.
 
     Returns:
         the card's path.
@@ -181,27 +218,32 @@ def write_card(
     total, threshold = summary["total"], summary["threshold"]
     data = DatasetCardData(
         license=license,
-        tags=["ultraclean", "quality-filtered"],
-        size_categories=_size_category(total["kept"]),
+        tags=["ultraclean", "quality-filtered" if filtered else "quality-scored"],
+        size_categories=_size_category(total["kept" if filtered else "rows"]),
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": files}]}] if files else None,
     )
     reasons = "\n".join(f"- {count:,}: {reason}" for reason, count in sorted(total["reasons"].items()))
-    words = f"`{tokenizer}`" if tokenizer else "white space"
+    words = "white space" if tokenizer is None else tokenizer if tokenizer == "unknown" else f"`{tokenizer}`"
+    above, below = ("kept", "rejected") if filtered else ("at or above the threshold", "below it")
     facts = [
         f"classifier: `{model}`, SHA-256 `{model_digest}`",
         f"words by: {words}",
         f"threshold: {threshold:g}",
-        f"rows seen: {total['rows']:,}; kept: {total['kept']:,}; rejected: {total['rejected']:,}; without a score: "
+        f"rows seen: {total['rows']:,}; {above}: {total['kept']:,}; {below}: {total['rejected']:,}; without a score: "
         f"{total['without_score']:,}",
     ]
+    what = "Filtered" if filtered else "Scored"
+    use = f"documents at {threshold:g} or above are kept" if filtered else "every document is still here"
+    largest = f"The largest sources; `summary.json` lists all {len(summary['sources']):,}."
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {title}",
-        "Filtered by the UltraClean recipe (MiniCPM4, arXiv 2506.07900, section 3.1): a fastText classifier gives "
-        f"each document the probability of being of the positive class; documents at {threshold:g} or above are kept.",
+        f"{what} by the UltraClean recipe (MiniCPM4, arXiv 2506.07900, section 3.1): a fastText classifier gives "
+        f"each document the probability of being of the positive class; {use}.",
         "\n".join(f"- {fact}" for fact in facts),
         "## By source",
-        as_table(summary),
+        as_table(summary, filtered=filtered, most=LARGEST),
+        largest if len(summary["sources"]) > LARGEST else "",
         f"![score distributions by source]({picture})" if picture else "",
         "## Rows without a score" if reasons else "",
         reasons,

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .deduplicate import check_texts, tokenize
+from .deduplicate import check_batch, check_texts, tokenize
 
 
 logger = logging.getLogger(__name__)
@@ -131,6 +131,7 @@ class ContaminationFilter:
         """n rows -> for each None (kept) or the reason."""
         if "contaminated" not in batch:
             raise KeyError("no column 'contaminated': map an NgramDecontaminator first")
+        check_batch(batch, "contaminated")
         return [
             f"contaminated by {sets}" if flag else None
             for flag, sets in zip(batch["contaminated"], batch["contaminated_by"])

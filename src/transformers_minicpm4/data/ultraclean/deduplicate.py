@@ -39,15 +39,47 @@ def jaccard(a: frozenset, b: frozenset) -> float:
     return len(a & b) / union if union else 0.0
 
 
+def is_null(value) -> bool:
+    """None, pandas' NA (which has no truth value), or what does not equal itself: NaN of any library, NaT."""
+    if value is None or type(value).__name__ == "NAType":
+        return True
+    return getattr(value, "ndim", 0) == 0 and bool(value != value)
+
+
+def check_batch(batch, column: str) -> None:
+    """
+    Refuses a single row, which `map` and `filter` give without `batched=True`: its text would pass for a list of rows.
+
+    A row in Arrow or pandas format is a table of one row, and fine.
+
+    Raises:
+        TypeError: a row.
+    """
+    if hasattr(batch, "pa_table"):
+        # Reading the value of a batch that `datasets` holds in Arrow would convert the column.
+        single = type(batch).__name__ == "LazyRow"
+    else:
+        value = batch[column]
+        single = (
+            isinstance(value, (str, bytes, dict)) or not hasattr(value, "__iter__") or getattr(value, "ndim", 1) == 0
+        )
+    if single:
+        raise TypeError(
+            f"a single row was given, where column {column!r} should be a list of the values of many rows: pass "
+            "batched=True to map or filter"
+        )
+
+
 def check_texts(batch: dict[str, list], column: str) -> list[str]:
     """Texts of a batch, None as the empty string.
 
     Raises:
         KeyError: the batch has no such column.
-        TypeError: a row is neither a string nor None.
+        TypeError: a row is neither a string nor None, or a single row was given, not a batch.
     """
     if column not in batch:
         raise KeyError(f"no column {column!r}; the columns are {sorted(batch)}: set text_column to one of them")
+    check_batch(batch, column)
     for row, text in enumerate(batch[column]):
         if text is not None and not isinstance(text, str):
             raise TypeError(
@@ -347,4 +379,5 @@ class DuplicateFilter:
         """n rows -> for each None (kept) or `"duplicate"`."""
         if self.column not in batch:
             raise KeyError(f"no column {self.column!r}: run mark_near_duplicates or mark_exact_duplicates first")
-        return [None if kept is None else "duplicate" for kept in batch[self.column]]
+        check_batch(batch, self.column)
+        return [None if is_null(kept) else "duplicate" for kept in batch[self.column]]

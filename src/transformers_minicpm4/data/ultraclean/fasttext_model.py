@@ -1,8 +1,8 @@
 """fastText classifiers: found by file or Hub id, checked before they are opened, loaded once per process.
 
 Any module that installs as `fasttext` and has its compiled interface (`load_model(...).f`) will do; several builds
-share that name and replace each other. The native reader trusts the file: of a truncated one it crashes the process,
-asks for all memory, or takes random numbers for weights. So `check_file` walks the file's structure first.
+share that name and replace each other. The native reader trusts the file: of a truncated or damaged one it crashes the
+process, asks for all memory, or takes random numbers for weights. So `check_file` walks the file's structure first.
 
 A supervised model is linear up to its softmax: the logits are the mean of the embeddings of a line's words and
 n-grams, times the output matrix. `_write_folded` multiplies the matrices once, which leaves one number per label for
@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+import re
 import struct
 import tempfile
 from functools import lru_cache
@@ -21,16 +22,24 @@ from pathlib import Path
 from typing import NamedTuple
 
 
-POSITIVE, NEGATIVE = "__label__pos", "__label__neg"
+LABEL_PREFIX = "__label__"
+POSITIVE, NEGATIVE = LABEL_PREFIX + "pos", LABEL_PREFIX + "neg"
+
+# What ends a word for fastText, and its own word for the end of a line.
+SPACE, END_OF_LINE = " \n\r\t\v\f\0", "</s>"
+_UNREAD = re.compile(rf"(?<![^{SPACE}])(?:{LABEL_PREFIX}[^{SPACE}]*|{END_OF_LINE}(?![^{SPACE}]))")
 
 # Written by fastText since 2017 (version 12) and before (11).
 MAGIC, VERSIONS = 793712314, (11, 12)
 SUPERVISED, SOFTMAX = 3, 3
+LOSSES = (1, 2, 3, 4)  # hierarchical softmax, negative sampling, softmax, one against all
+# The hierarchical softmax takes this count for infinite; a larger one sends it out of its tree.
+MAX_COUNT = 10**15
 SUFFIXES = (".bin", ".ftz")
 
 
 class ModelFileError(ValueError):
-    """A file that is no usable quality classifier: foreign, truncated, not supervised, or with other labels."""
+    """A file that is no usable quality classifier: foreign, truncated, damaged, not supervised, or of other labels."""
 
 
 def import_fasttext():
@@ -47,6 +56,20 @@ def import_fasttext():
             "`pip install transformers_minicpm4[data]` brings one"
         ) from error
     return fasttext
+
+
+def words_read(line: str) -> str:
+    """
+    The line without the words that mean something else to fastText than text.
+
+    In prediction it passes over labels (`__label__...`), so leaving them out changes no score; but of a line of
+    nothing else it scores the end of the line. In training it takes them for labels. At a word `</s>` it stops
+    reading, and would score or train on what stands before it alone.
+
+    Args:
+        line (`str`): Words.
+    """
+    return _UNREAD.sub("", line) if LABEL_PREFIX in line or END_OF_LINE in line else line
 
 
 class _Reader:
@@ -79,21 +102,38 @@ class _Reader:
         self.at = end + 1
         return self.data[start:end]
 
-    def matrix(self) -> None:
-        rows, columns = self.read("qq")
-        self.skip(-1 if min(rows, columns) < 0 else rows * columns * 4)
+    def expect(self, holds: bool, found: str) -> None:
+        if not holds:
+            raise ModelFileError(f"{self.name} is damaged: {found}; fetch or save it again")
 
-    def quantized_matrix(self) -> None:
-        normed, rows, _, codes = self.read("?qqi")
+    def flag(self) -> bool:
+        (value,) = self.read("B")
+        self.expect(value < 2, f"a flag of {value} where only 0 and 1 are known")
+        return value == 1
+
+    def matrix(self, shape: tuple[int, int], quantized: bool) -> None:
+        normed = self.flag() if quantized else False
+        found = self.read("qq")
+        self.expect(found == shape, f"a matrix of shape {found} where its settings and dictionary need {shape}")
+        rows, columns = shape
+        if not quantized:
+            self.skip(rows * columns * 4)
+            return
+        (codes,) = self.read("i")
         self.skip(codes)
-        self.quantizer()
+        parts = self.quantizer(columns)
+        self.expect(codes == rows * parts, f"{codes} codes for {rows} rows of {parts}")
         if normed:
             self.skip(rows)
-            self.quantizer()
+            self.quantizer(1)
 
-    def quantizer(self) -> None:
-        dim, _, _, _ = self.read("iiii")
+    def quantizer(self, columns: int) -> int:
+        """Into how many parts of `size` numbers each row of a quantized matrix is cut; the last may be shorter."""
+        dim, parts, size, last = found = self.read("iiii")
+        whole = dim == columns and size > 0 and parts == -(-dim // size) and last == dim - (parts - 1) * size
+        self.expect(whole, f"a quantizer of {found} (dimension, parts, size, last size) for {columns} columns")
         self.skip(dim * 256 * 4)  # 256 centroids: one byte a code
+        return parts
 
 
 class Layout(NamedTuple):
@@ -117,7 +157,8 @@ def check_file(path) -> Layout:
         `Layout`: its labels, and the places of its matrices.
 
     Raises:
-        `ModelFileError`: no fastText file, shorter or longer than its own header says, or not a supervised model.
+        `ModelFileError`: no fastText file, shorter or longer than its own header says, not a supervised model, or with
+            numbers in its header that contradict each other or that fastText does not know.
     """
     name = str(path)
     if os.path.getsize(path) == 0:
@@ -130,26 +171,45 @@ def check_file(path) -> Layout:
         magic, version = reader.read("ii")
         if magic != MAGIC or version not in VERSIONS:
             raise ModelFileError(foreign)
-        _, _, _, _, _, _, loss, kind, *_ = reader.read("12id")
+        dim, _, _, _, _, ngrams, loss, kind, bucket, shortest, longest, _, _ = reader.read("12id")
         if kind != SUPERVISED:
             raise ModelFileError(
                 f"{name} holds fastText word vectors, not a classifier; give a model trained with `train_supervised`"
             )
-        entries, _, _, _, pruned = reader.read("iiiqq")
+        reader.expect(dim > 0, f"dimension {dim}")
+        reader.expect(loss in LOSSES, f"loss {loss} where {LOSSES} are known")
+        # Version 11 has no classifiers with n-grams of characters, and fastText reads none there.
+        hashed = ngrams > 1 or (longest > 0 and version > 11)
+        reader.expect(
+            min(ngrams, shortest, longest) >= 0 and bucket >= hashed,
+            f"{bucket} buckets for n-grams of up to {ngrams} words and of {shortest} to {longest} characters",
+        )
+        entries, words, label_count, _, pruned = reader.read("iiiqq")
+        reader.expect(
+            words >= 0 and label_count > 0 and words + label_count == entries and pruned >= -1,
+            f"a dictionary of {entries} entries, {words} words, {label_count} labels, {pruned} n-grams kept",
+        )
         labels = []
-        for _ in range(entries):
+        for entry in range(entries):
             word = reader.word()
-            # A count (8 bytes), then 0 for a word and 1 for a label.
-            reader.skip(9)
-            if data[reader.at - 1] == 1:
+            count, is_label = reader.read("qb")
+            if is_label != (entry >= words) or not 0 <= count < MAX_COUNT:
+                reader.expect(False, f"entry {entry} of its dictionary has type {is_label} and count {count}")
+            if is_label:
                 labels.append(word.decode("utf-8", "replace"))
-        reader.skip(max(pruned, 0) * 8)
-        (quantized,) = reader.read("?")
+        if pruned > 0:
+            start = reader.at
+            reader.skip(pruned * 8)
+            # Pairs of an n-gram's hash and its row after the words.
+            kept = struct.unpack_from(f"<{pruned * 2}i", data, start)[1::2]
+            reader.expect(min(kept) >= 0 and max(kept) < pruned, "rows of n-grams outside its matrix")
+        quantized = reader.flag()
+        reader.expect(quantized or pruned < 0, "n-grams left out of a matrix that is not quantized")
         input_at = reader.at
-        reader.quantized_matrix() if quantized else reader.matrix()
-        (quantized_output,) = reader.read("?")
+        reader.matrix((words + (bucket if pruned < 0 else pruned), dim), quantized)
+        quantized_output = reader.flag()
         output_at = reader.at
-        reader.quantized_matrix() if quantized and quantized_output else reader.matrix()
+        reader.matrix((label_count, dim), quantized and quantized_output)
         if reader.at != len(data):
             raise ModelFileError(
                 f"{name} is damaged: {len(data):,} bytes where its header says {reader.at:,}; fetch or save it again"
@@ -272,12 +332,17 @@ def _load(version: tuple):
     # The warning that version 0.9.2 prints through this hook is meant for its authors' old API.
     if hasattr(getattr(fasttext, "FastText", None), "eprint"):
         fasttext.FastText.eprint = lambda *args, **kwargs: None
-    if layout.quantized or not layout.softmax:
-        return fasttext.load_model(path)
-    with tempfile.TemporaryDirectory(prefix="fasttext-") as folder:
-        folded = os.path.join(folder, "folded.bin")
-        _write_folded(path, layout, folded)
-        return fasttext.load_model(folded)
+    try:
+        if layout.quantized or not layout.softmax:
+            return fasttext.load_model(path)
+        with tempfile.TemporaryDirectory(prefix="fasttext-") as folder:
+            folded = os.path.join(folder, "folded.bin")
+            _write_folded(path, layout, folded)
+            return fasttext.load_model(folded)
+    except ModelFileError:
+        raise
+    except (ValueError, IndexError, RuntimeError) as error:  # as exceptions of C++ arrive here
+        raise ModelFileError(f"fastText cannot read {path} ({error}); fetch or save it again") from error
 
 
 def _write_folded(path: str, layout: Layout, target: str) -> None:
@@ -301,7 +366,12 @@ def _write_folded(path: str, layout: Layout, target: str) -> None:
             folded.write(data[:8] + struct.pack("<i", labels) + data[12 : layout.input_at])
             folded.write(struct.pack("<qq", len(embeddings), labels))
             for start in range(0, len(embeddings), 8192):
-                folded.write((embeddings[start : start + 8192] @ output).astype("<f4").tobytes())
+                with np.errstate(all="ignore"):  # said below
+                    rows = (embeddings[start : start + 8192] @ output).astype("<f4")
+                if not np.isfinite(rows).all():
+                    del embeddings
+                    raise ModelFileError(f"{path} has weights that are not finite; fetch it again, or train it anew")
+                folded.write(rows.tobytes())
             folded.write(struct.pack("<?qq", False, labels, labels) + np.eye(labels, dtype="<f4").tobytes())
         del embeddings  # a mapped file cannot be closed under an array
 
@@ -319,6 +389,7 @@ def predict_positive(model, lines) -> list[float]:
 
     Raises:
         `ValueError`: a line holds `"\\n"` or a lone surrogate.
+        `ModelFileError`: fastText has no answer, for weights that are no numbers or an incomplete dictionary.
     """
     # The compiled `predict` answers with plain pairs; the module's own wrapper builds NumPy arrays, which old builds
     # cannot do under NumPy 2.
@@ -331,6 +402,11 @@ def predict_positive(model, lines) -> list[float]:
             probability, label = predict(line + "\n", 1, 0.0, "strict")[0]
         except TypeError as error:
             raise ValueError(f"fastText takes no text that UTF-8 cannot write: {line[:60]!r}") from error
+        except (IndexError, RuntimeError) as error:
+            # IndexError: no answer, where the dictionary has not even the end of a line.
+            raise ModelFileError(
+                f"the model gives no score for {line[:60]!r} ({error}); its file is damaged, fetch or save it again"
+            ) from error
         probability = min(probability, 1.0)
         scores.append(probability if label == POSITIVE else 1.0 - probability)
     return scores

@@ -235,13 +235,26 @@ def _contents(documents: Documents) -> str:
 def _resume(path: Path, inputs: dict) -> list[dict]:
     """The finished rounds in `path`, which must be of these inputs."""
     if not path.is_file():
+        # A round's scores are read back rather than computed twice: they must not be those of other data.
+        stale = sorted(file.name for file in path.parent.glob("round_*"))
+        if stale:
+            raise ValueError(
+                f"{path.parent} has no {path.name} but holds {', '.join(stale[:3])} of earlier rounds: put the "
+                "state back, delete those files, or give another folder."
+            )
         write_json(path, {"inputs": inputs, "rounds": []})
         return []
-    state = json.loads(path.read_text(encoding="utf-8"))
-    other = [name for name, value in inputs.items() if state["inputs"].get(name) != value]
+    try:
+        state = json.loads(path.read_bytes())
+        before, rounds = state["inputs"], list(state["rounds"])
+        other = [name for name, value in inputs.items() if before.get(name) != value]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged or not the state of a mining: put it back, or give another folder to start anew."
+        ) from error
     if other:
         raise ValueError(
             f"{path.parent} holds mining rounds with other {', '.join(other)}: give the same data and settings to go "
             "on, or another folder to start anew."
         )
-    return state["rounds"]
+    return rounds

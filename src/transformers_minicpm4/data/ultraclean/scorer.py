@@ -8,11 +8,8 @@ from itertools import compress
 from typing import Any, NamedTuple
 
 from . import fasttext_model
+from .deduplicate import check_batch, is_null
 from .normalize import has_lone_surrogate, to_words_batch
-
-
-# What ends a word for fastText: it scores a line of nothing else as if it were text.
-FASTTEXT_SPACE = " \n\r\t\v\f\0"
 
 
 class ColumnError(ValueError):
@@ -28,19 +25,13 @@ def _values(batch, column: str) -> list:
     names = _columns(batch)
     if column not in names:
         raise ColumnError(f"no column {column!r}; the columns are {', '.join(map(repr, names))}")
+    check_batch(batch, column)
     # A batch of `Dataset.map` keeps its Arrow table: exact types and nulls, whatever the dataset's format.
     table = getattr(batch, "pa_table", batch)
     if hasattr(table, "to_pylist"):
         return table.column(column).to_pylist()
     values = table[column]
     return values.tolist() if hasattr(values, "tolist") else list(values)
-
-
-def _is_null(value) -> bool:
-    # pandas has three: None, NaN and NA, the last of which has no truth value.
-    return (
-        value is None or type(value).__name__ in ("NAType", "NaTType") or (isinstance(value, float) and value != value)
-    )
 
 
 @dataclass(frozen=True)
@@ -51,6 +42,9 @@ class QualityScorer:
     Every row and column stays. A row without text to score gets a null score and label, and the reason: `"missing"`,
     `"empty"`, `"only whitespace"`, `"not a string"`, `"lone surrogate"`, or `"no words"` (nothing left after step 5).
     fastText itself answers an empty line with a confident label.
+
+    Words `</s>` and `__label__...` are left out, as in training: at the first fastText stops reading, so that the rest
+    of a text would not count, and over the second it passes. A text of nothing else has no words.
 
     Picklable, and the same under any `num_proc`, streaming or Spark: the model is loaded once in each process. The
     model file's content is part of the object, so `datasets` scores again when the file was replaced. A tokenizer
@@ -74,6 +68,7 @@ class QualityScorer:
         `FileNotFoundError`, `ValueError`: from `fasttext_model.resolve`.
         `ModelFileError`: on first use, a file that is no such classifier, or that changed since.
         `ColumnError`: on use, no `text_column`, or a new column exists already.
+        `TypeError`: on use, a single row: `batched=True` was left out.
 
     Source: UltraClean, arXiv 2505.05427, section 3.3; MiniCPM4, arXiv 2506.07900, section 3.1.
     """
@@ -156,8 +151,9 @@ class QualityScorer:
         """The three new columns for N values of the text column."""
         reasons = [self._unusable(text) for text in texts]
         lines = self._lines([text for text, reason in zip(texts, reasons) if reason is None])
-        # Marks can be all of a text that is not blank.
-        filled = [bool(line.strip(FASTTEXT_SPACE)) for line in lines]
+        lines = list(map(fasttext_model.words_read, lines))
+        # Marks can be all of a text that is not blank, and fastText scores a line of blanks as if it were text.
+        filled = [bool(line.strip(fasttext_model.SPACE)) for line in lines]
         values = iter(fasttext_model.predict_positive(self._loaded(), compress(lines, filled)))
         filled, scores = iter(filled), []
         for row, reason in enumerate(reasons):
@@ -170,7 +166,7 @@ class QualityScorer:
     @staticmethod
     def _unusable(text) -> str | None:
         if not isinstance(text, str):
-            return "missing" if _is_null(text) else "not a string"
+            return "missing" if is_null(text) else "not a string"
         if not text:
             return "empty"
         if not text.replace("\0", " ").strip():
@@ -215,6 +211,7 @@ class QualityFilter:
     Raises:
         `ValueError`: a threshold outside [0, 1].
         `ColumnError`: on use, no score column.
+        `TypeError`: on use, a single row: `batched=True` was left out.
     """
 
     threshold: float = 0.5
@@ -235,8 +232,8 @@ class QualityFilter:
         given = _values(batch, self.reason_column) if self.reason_column in _columns(batch) else [None] * len(scores)
         below = f"score below {self.threshold:g}"
         return [
-            (None if reason is None or _is_null(reason) else str(reason)) or "no score"
-            if _is_null(score)
+            (None if is_null(reason) else str(reason)) or "no score"
+            if is_null(score)
             else None
             if score >= self.threshold
             else below

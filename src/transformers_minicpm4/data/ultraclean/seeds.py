@@ -8,7 +8,6 @@ documents in another order, or read by another process, give the same training f
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,13 +15,12 @@ from functools import partial
 
 import numpy as np
 
+from .fasttext_model import LABEL_PREFIX as LABEL_PREFIX  # also for those who import it from here
+from .fasttext_model import words_read
 from .normalize import to_words_batch
 
 
 LABELS = ("pos", "neg")
-LABEL_PREFIX = "__label__"
-# Blanks as fastText knows them; line ends and tabs are gone by then.
-LABEL_WORD = re.compile(r"(?<![^ \v\f\0])" + LABEL_PREFIX + r"[^ \v\f\0]*")
 
 
 @dataclass(frozen=True)
@@ -75,9 +73,7 @@ def _prepare_rows(columns: Mapping, *, tokenizer, text, label, source, pool, gro
             reasons[index] = "text blank"
     usable = [index for index, reason in enumerate(reasons) if reason is None]
     for index, line in zip(usable, to_words_batch([texts[index] for index in usable], tokenizer)):
-        # fastText reads a word with this prefix as one more label of the line; in prediction it ignores such words.
-        if LABEL_PREFIX in line:
-            line = LABEL_WORD.sub("", line)
+        line = words_read(line)
         if line.strip():
             words[index] = line
         else:

@@ -6,18 +6,18 @@ which also says where in the input the next shard begins. A resumed run therefor
 cut off, and its files are those of a run that was never stopped, byte for byte.
 """
 
-import gzip
 import json
-import os
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 
+from .files import rename, write_json, write_text
+from .records import MANIFEST, Files, Rows, arrow, encodable, names_files, not_a_row, read_manifest
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".ndjson", ".parquet")
-MANIFEST = "manifest.json"
+
+AS_JSONL = "choose output_format='jsonl' (--format jsonl), where each row has its own types"
+AS_PARQUET = "choose output_format='parquet' (--format parquet)"
 
 
 def process_shards(
@@ -41,8 +41,8 @@ def process_shards(
 
     Args:
         inputs (path, list of paths, or iterable of dict): jsonl, jsonl.gz, json (an array, or lines) and parquet
-            files, folders of them (sorted by name), or a `datasets.Dataset`, `IterableDataset` or other iterable of
-            rows.
+            files, folders of them (sorted by name, without `output_dir`; of a folder that this function wrote, the
+            rows kept), or a `datasets.Dataset`, `IterableDataset` or other iterable of rows.
         output_dir (path): made if missing; holds one run.
         function (callable, or several applied in turn): from `dict[str, list]` to a `dict[str, list]` of the same
             length, whose columns are added or replaced; or to a `list[bool]`, a filter: False drops the row, for the
@@ -65,7 +65,7 @@ def process_shards(
 
     Raises:
         ValueError: bad settings; a missing column; another run in `output_dir`; damaged files; shards whose columns
-            disagree.
+            disagree; an input folder whose own run is not finished.
         FileNotFoundError: no such input.
         TypeError: a callable that gives back something else than its contract says.
     """
@@ -77,7 +77,7 @@ def process_shards(
     if not functions or not all(callable(f) for f in functions):
         raise TypeError(f"function={function!r}: one callable or several are needed")
 
-    source = _Files(inputs) if _names_files(inputs) else _Rows(inputs, input_name)
+    source = Files(inputs, output_dir) if names_files(inputs) else Rows(inputs, input_name)
     settings = {
         "functions": [_fingerprint(f) for f in functions],
         "output_format": output_format,
@@ -121,7 +121,7 @@ def process_shards(
             if shard.counts["read"] < rows_per_shard:
                 break
     manifest["finished"] = True
-    _write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, manifest)
     return manifest
 
 
@@ -133,7 +133,12 @@ def apply(function: Callable, batch: dict[str, list]) -> tuple[dict[str, list] |
     """
     rows = len(next(iter(batch.values())))
     name = type(function).__name__ if type(function).__name__ != "function" else function.__name__
-    result = function(batch)
+    try:
+        result = function(batch)
+    except TypeError as error:
+        kinds = {column: sorted({type(value).__name__ for value in values}) for column, values in batch.items()}
+        held = "; ".join(f"{column}: {', '.join(names)}" for column, names in kinds.items())
+        raise TypeError(f"{name} cannot use the values of a batch ({error}); its columns hold {held}") from error
     if isinstance(result, dict):
         for column, values in result.items():
             if len(values) != rows:
@@ -184,8 +189,8 @@ class _Shard:
         self.counts["kept"] += len(rows)
 
     def _unusable(self, row):
-        if not isinstance(row, dict):
-            return f"{type(row).__name__} instead of an object"
+        if reason := not_a_row(row):
+            return reason
         if self.text_column is None:
             return None
         # In the first row of a run a missing column is a wrong setting rather than a bad record.
@@ -197,19 +202,11 @@ class _Shard:
         text = row[self.text_column]
         if text is not None and not isinstance(text, str):
             return f"column {self.text_column!r} holds {type(text).__name__}, not a string"
-        return None if _encodable(text or "") else "lone surrogate"
+        return None if encodable(text or "") else "lone surrogate"
 
 
 def _no_column(column, columns):
     return f"no column {column!r}; the columns are {sorted(columns)}: set text_column to one of them"
-
-
-def _encodable(text):
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 # ---- output
@@ -220,7 +217,7 @@ class _Writer:
 
     def __init__(self, folder, name, output_format, known):
         self.folder, self.name, self.output_format = folder, name, output_format
-        self.known = {**known, "dropped_reason": _arrow().string()}
+        self.known = {**known, "dropped_reason": arrow().string()}
         self.schema, self.chunks = None, []
 
     def take_schema(self, files):
@@ -252,18 +249,20 @@ class _Writer:
             with open(temporary, "wb") as stream:
                 stream.writelines(lines for lines, _ in chunks)
             rows = sum(count for _, count in chunks)
-        _rename(temporary, target)
+        rename(temporary, target)
         return {"name": name, "rows": rows, "bytes": target.stat().st_size}
 
     def _lines(self, rows):
         try:
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            return text.encode("utf-8"), len(rows)
         except TypeError as error:
-            raise ValueError(f"a row cannot be written as JSON ({error}): choose output_format='parquet'") from error
-        return text.encode("utf-8"), len(rows)
+            raise ValueError(f"a row cannot be written as JSON ({error}): {AS_PARQUET}") from error
+        except UnicodeEncodeError as error:
+            raise ValueError(f"a row holds text that is not Unicode ({error}): replace it before") from error
 
     def _table(self, rows):
-        pa = _arrow()
+        pa = arrow()
         arrays = {}
         for column in dict.fromkeys(c for row in rows for c in row):
             values, kind = [row.get(column) for row in rows], self.known.get(column)
@@ -273,15 +272,15 @@ class _Writer:
                     arrays[column] = pa.array(values).cast(kind)
                 else:
                     arrays[column] = pa.array(values, kind)
-            except (pa.ArrowException, UnicodeEncodeError) as error:
+            except (pa.ArrowException, UnicodeEncodeError, OverflowError) as error:
                 raise ValueError(
                     f"column {column!r} holds values that do not fit one type ({error}): give it in column_types, or "
-                    f"choose output_format='jsonl'"
+                    f"{AS_JSONL}"
                 ) from error
         return pa.table(arrays)
 
     def _join(self, tables, number):
-        pa = _arrow()
+        pa = arrow()
         try:
             table = pa.concat_tables(tables, promote_options="permissive")
             if self.schema is None:
@@ -291,7 +290,7 @@ class _Writer:
             if new:
                 raise ValueError(
                     f"shard {number} has columns that shard files before it lack: {sorted(new)}. Name them in "
-                    f"column_types from the start, or choose output_format='jsonl'"
+                    f"column_types from the start, or {AS_JSONL}"
                 )
             for name in self.schema.names:
                 if name not in table.column_names:
@@ -300,21 +299,13 @@ class _Writer:
         except pa.ArrowException as error:
             raise ValueError(
                 f"shard {number} does not fit the types of the shards before it ({error}): give the column's type in "
-                f"column_types from the start, or choose output_format='jsonl'"
+                f"column_types from the start, or {AS_JSONL}"
             ) from error
-
-
-def _arrow():
-    try:
-        import pyarrow
-    except ImportError as error:
-        raise ImportError("process_shards needs pyarrow: pip install transformers_minicpm4[data]") from error
-    return pyarrow
 
 
 def _no_nulls(kind):
     """A type for a column of which only nulls were seen: most often these are reasons, which are strings."""
-    pa = _arrow()
+    pa = arrow()
     if pa.types.is_null(kind):
         return pa.string()
     if pa.types.is_list(kind) and pa.types.is_null(kind.value_type):
@@ -328,8 +319,7 @@ def _commit(folder, manifest, shard, writers, position, blank_lines):
         name = f"rejects-{shard.number:05d}.jsonl"
         # ASCII escapes: what was rejected may not be encodable.
         text = "".join(json.dumps(row) + "\n" for row in shard.rejects)
-        (folder / f".{name}.tmp").write_text(text, encoding="ascii")
-        _rename(folder / f".{name}.tmp", folder / name)
+        write_text(folder / name, text)
         files["rejects"] = {"name": name, "rows": len(shard.rejects), "bytes": len(text)}
     counts = manifest["counts"]
     counts["read"] += shard.counts["read"]
@@ -338,20 +328,7 @@ def _commit(folder, manifest, shard, writers, position, blank_lines):
     for key, reasons in (("dropped", shard.dropped_reasons), ("rejected", shard.rejected_reasons)):
         counts[key] = dict(sorted((Counter(counts[key]) + reasons).items()))
     manifest["shards"].append({"read": shard.counts["read"], "files": files, "position": list(position)})
-    _write_json(folder / MANIFEST, manifest)
-
-
-def _rename(temporary, target):
-    # The bytes reach the disk before the name does: a rename that survives a power cut must not name an empty file.
-    with open(temporary, "rb") as stream:
-        os.fsync(stream.fileno())
-    os.replace(temporary, target)
-
-
-def _write_json(path, content):
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    _rename(temporary, path)
+    write_json(folder / MANIFEST, manifest)
 
 
 def _open_run(folder, settings, inputs):
@@ -367,12 +344,17 @@ def _open_run(folder, settings, inputs):
             )
         counts = {"read": 0, "kept": 0, "dropped": {}, "rejected": {}, "blank_lines": 0}
         manifest = {"finished": False, "settings": settings, "inputs": inputs, "counts": counts, "shards": []}
-        _write_json(path, manifest)
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+        write_json(path, manifest)
+    manifest = read_manifest(path)
+    if manifest is None:
+        raise ValueError(
+            f"{path} is not, or no longer, the manifest of a run of process_shards: choose another folder, or "
+            f"delete this one if nothing in it is needed"
+        )
     if not manifest["shards"] and not manifest["finished"]:
         # Nothing was written yet: the last call may have stopped at a setting that is put right now.
         manifest.update(settings=settings, inputs=inputs)
-        _write_json(path, manifest)
+        write_json(path, manifest)
     for name, now in (("settings", settings), ("inputs", inputs)):
         before = manifest[name]
         if list(before.items()) != list(now.items()):
@@ -403,203 +385,3 @@ def _fingerprint(function):
 
     name = getattr(function, "__name__", type(function).__name__)
     return f"{name} {Hasher.hash(function)}"
-
-
-# ---- input
-
-
-class _Record:
-    """One input record: a row, or the reason why there is none; `line` counts lines or rows of the file from 1."""
-
-    __slots__ = ("file", "line", "row", "reason", "raw")
-
-    def __init__(self, file, line, row, reason=None, raw=None):
-        self.file, self.line, self.row, self.reason, self.raw = file, line, row, reason, raw
-
-    def rejected(self, reason):
-        """Line of the file of rejects."""
-        if self.raw is None:
-            content = json.dumps(self.row, default=str)
-        else:
-            content = self.raw.decode("utf-8", "backslashreplace").rstrip("\r\n")
-        return {"file": self.file and str(self.file), "line": self.line, "reason": reason, "content": content}
-
-
-def _names_files(inputs):
-    if isinstance(inputs, (str, os.PathLike)):
-        return True
-    return (
-        isinstance(inputs, (list, tuple)) and bool(inputs) and all(isinstance(i, (str, os.PathLike)) for i in inputs)
-    )
-
-
-class _Files:
-    """Records of files. `position` is (file number, records or lines of it consumed)."""
-
-    def __init__(self, inputs):
-        self.paths = []
-        for path in [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs:
-            self.paths += self._expand(Path(path))
-        self.sizes = [path.stat().st_size for path in self.paths]
-        self.identity = {str(p): [p.stat().st_size, p.stat().st_mtime_ns] for p in self.paths}
-        if len(self.identity) != len(self.paths):
-            raise ValueError("an input is given twice: its rows would be written twice; name each file once")
-        self.position, self.blank_lines, self.columns = (0, 0), 0, None
-
-    @staticmethod
-    def _expand(path):
-        if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
-            if not files:
-                raise FileNotFoundError(f"{path} holds no file that ends in one of {', '.join(SUFFIXES)}")
-            return files
-        if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist")
-        if not path.name.endswith(SUFFIXES):
-            raise ValueError(f"{path} does not end in one of {', '.join(SUFFIXES)}")
-        return [path]
-
-    def arrow_types(self):
-        """Types of the columns of parquet inputs; also finds the columns, where files have a schema."""
-        types = {}
-        for path in (p for p in self.paths if p.name.endswith(".parquet")):
-            schema = self._parquet(path).schema_arrow
-            if self.columns is None:
-                self.columns = set(schema.names)
-            self.columns &= set(schema.names)  # a column must be in every file
-            for field in schema:
-                if types.setdefault(field.name, field.type) != field.type:
-                    raise ValueError(
-                        f"column {field.name!r} is {field.type} in {path} and {types[field.name]} in a file before "
-                        f"it: process them into folders of their own"
-                    )
-        return types
-
-    def progress_bar(self, shown):
-        from tqdm.auto import tqdm
-
-        return tqdm(total=sum(self.sizes), unit="B", unit_scale=True, disable=not shown, desc="process shards")
-
-    def take_blank_lines(self):
-        """Blank lines since the last call."""
-        taken, self.blank_lines = self.blank_lines, 0
-        return taken
-
-    def records(self, position, bar):
-        first, skip = self.position = position
-        bar.update(sum(self.sizes[:first]))
-        for number in range(first, len(self.paths)):
-            path, size = self.paths[number], self.sizes[number]
-            read = self._parquet_rows if path.name.endswith(".parquet") else self._json_rows
-            seen = 0
-            try:
-                for consumed, at, record in read(path, skip if number == first else 0):
-                    bar.update(at - seen)
-                    seen = at
-                    self.position = (number, consumed)
-                    if record is None:
-                        self.blank_lines += 1
-                    else:
-                        yield record
-            except (EOFError, OSError, zlib.error) as error:
-                raise ValueError(f"{path} is damaged after record {self.position[1]}: {error}") from error
-            bar.update(size - seen)
-
-    def _json_rows(self, path, skip):
-        with open(path, "rb") as raw, gzip.open(raw) if path.name.endswith(".gz") else raw as stream:
-            if ".json" in path.suffixes[-2:] and stream.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-                yield from self._json_array(path, stream, skip)
-                return
-            for number, line in enumerate(stream, 1):
-                if number > skip:
-                    if number == 1:
-                        line = line.removeprefix(b"\xef\xbb\xbf")
-                    yield number, raw.tell(), _parse(path, number, line) if line.strip() else None
-
-    @staticmethod
-    def _json_array(path, stream, skip):
-        try:
-            rows = json.loads(stream.read().removeprefix(b"\xef\xbb\xbf"))
-        except ValueError as error:
-            raise ValueError(
-                f"{path} is not one JSON array ({error}): repair it, or store one object a line"
-            ) from error
-        size = path.stat().st_size
-        for number, row in enumerate(rows[skip:], skip + 1):
-            yield number, size * number // len(rows), _Record(path, number, row)
-
-    def _parquet(self, path):
-        pa = _arrow()
-        import pyarrow.parquet as pq
-
-        try:
-            return pq.ParquetFile(path)
-        except pa.ArrowException as error:
-            raise ValueError(f"{path} is not a whole parquet file ({error}): fetch or write it again") from error
-
-    def _parquet_rows(self, path, skip):
-        with self._parquet(path) as file:
-            total, size = file.metadata.num_rows, path.stat().st_size
-            start, groups = 0, []
-            for group in range(file.num_row_groups):
-                rows = file.metadata.row_group(group).num_rows
-                if start + rows > skip or groups:
-                    groups.append(group)
-                else:
-                    start += rows
-            number = start
-            for batch in file.iter_batches(batch_size=1000, row_groups=groups):
-                for row in batch.to_pylist():
-                    number += 1
-                    if number > skip:
-                        yield number, size * number // total, _Record(path, number, row)
-
-
-def _parse(path, number, line):
-    try:
-        row = json.loads(line)
-    except UnicodeDecodeError:
-        return _Record(path, number, None, "not UTF-8", line)
-    except (ValueError, RecursionError):
-        return _Record(path, number, None, "broken JSON", line)
-    # Only an escape can bring a lone surrogate into valid UTF-8, and no format can store it.
-    if (b"\\ud" in line or b"\\uD" in line) and not _encodable(json.dumps(row, ensure_ascii=False)):
-        return _Record(path, number, None, "lone surrogate", line)
-    return _Record(path, number, row, None, line)
-
-
-class _Rows:
-    """Records of an iterable. `position` is (0, rows consumed)."""
-
-    def __init__(self, rows, name):
-        if not isinstance(rows, Iterable):
-            raise TypeError(f"inputs={rows!r}: paths, a dataset or an iterable of rows (dicts) are needed")
-        self.rows = rows
-        fingerprint = getattr(rows, "_fingerprint", None) if type(rows).__name__ == "Dataset" else None
-        self.identity = {"iterable": name or fingerprint or type(rows).__name__}
-        self.position = (0, 0)
-        features = getattr(rows, "features", None)
-        self.schema = features.arrow_schema if features else None
-        self.columns = set(self.schema.names) if features else None
-
-    def arrow_types(self):
-        return {field.name: field.type for field in self.schema} if self.schema else {}
-
-    def progress_bar(self, shown):
-        from tqdm.auto import tqdm
-
-        total = len(self.rows) if hasattr(self.rows, "__len__") else None
-        return tqdm(total=total, unit="row", disable=not shown, desc="process shards")
-
-    def take_blank_lines(self):
-        return 0
-
-    def records(self, position, bar):
-        self.position, (_, skip) = position, position
-        bar.update(skip)
-        # Datasets skip without reading; other iterables have to be read again.
-        rows = iter(self.rows.skip(skip)) if hasattr(self.rows, "skip") else islice(self.rows, skip, None)
-        for number, row in enumerate(rows, skip + 1):
-            self.position = (0, number)
-            bar.update(1)
-            yield _Record(None, number, dict(row) if isinstance(row, dict) else row)
