@@ -18,11 +18,17 @@ from transformers import (
     LlamaTokenizer,
     PreTrainedConfig,
 )
+from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from .infllm_v2 import ATTN_IMPLEMENTATION, infllm_v2_attention_forward, infllm_v2_mask
 from .model.configuration_minicpm4 import MiniCPM4Config
 from .model.conversion import MiniCPMConfig, is_unnamed_minicpm
 from .model.modeling_minicpm4 import MiniCPM4ForCausalLM, MiniCPM4ForSequenceClassification, MiniCPM4Model
+from .quantization.bitcpm4 import configuration as bitcpm4
+from .quantization.bitcpm4.hf_quantizer import BitCPM4HfQuantizer
+from .quantization.p_gptq import configuration as p_gptq
+from .quantization.p_gptq.hf_quantizer import PGPTQHfQuantizer
 
 
 # The seven linears of the released fine-tuning guides; sparse attention adds none.
@@ -40,6 +46,13 @@ def register() -> None:
     AutoTokenizer.register(MiniCPM4Config, tokenizer_class=LlamaTokenizer, exist_ok=True)
     AttentionInterface.register(ATTN_IMPLEMENTATION, infllm_v2_attention_forward)
     AttentionMaskInterface.register(ATTN_IMPLEMENTATION, infllm_v2_mask)
+    for method, config, quantizer in (
+        (bitcpm4.QUANT_METHOD, bitcpm4.BitCPM4Config, BitCPM4HfQuantizer),
+        (p_gptq.QUANT_METHOD, p_gptq.PGPTQConfig, PGPTQHfQuantizer),
+    ):
+        if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # a name given twice is refused
+            register_quantization_config(method)(config)
+            register_quantizer(method)(quantizer)
     _name_unnamed_configs()
     if importlib.util.find_spec("peft"):
         from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING

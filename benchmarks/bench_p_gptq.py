@@ -1,0 +1,239 @@
+"""
+Perplexity of a real model after RTN, GPTQ, P-GPTQ and S-P-GPTQ, with and without the stored prefix, over seeds.
+
+    python benchmarks/bench_p_gptq.py                 # 64 rows of 512 tokens, 32,768 tokens read, 5 seeds: hours
+    python benchmarks/bench_p_gptq.py --quick         # 16 rows, 8,192 tokens, 3 seeds: about an hour of CPU
+    python benchmarks/bench_p_gptq.py --peer          # GPTQ of Optimum and gptqmodel beside ours, same rows
+
+The model is SmolLM2-135M-Instruct as `make assets` makes it: its linear layers come from a Q4_1 file, so that even "full
+precision" has been rounded once. All linear layers, groups of 64, symmetric. Calibration from the validation split of
+WikiText-2, perplexity from its test split in rows of 512, over positions after the first of a row. Every row begins
+with the model's `<|im_start|>`: computed by the quantized model ("computed"), or given as keys and values of the full
+precision ("stored"). A seed is a choice of calibration rows, the same for all methods, so that they are compared in
+pairs. Results go into the JSON file one by one; a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch
+from harness import machine
+from torch import nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from transformers_minicpm4 import PGPTQQuantizer, minicpm4_to_llama
+from transformers_minicpm4.cli.assets import smollm2_path
+from transformers_minicpm4.model.prefix_cache import PrefixCache
+from transformers_minicpm4.quantization.p_gptq.calibration import calibration_rows
+from transformers_minicpm4.quantization.p_gptq.solver import round_to_nearest
+
+
+ROOT = Path(__file__).resolve().parents[1]
+WIKITEXT = ROOT.parent / "shared" / "data" / "wikitext2"
+GROUP = 64
+PREFIX = [1]
+ARMS = {
+    "GPTQ": {"skip_first": 0, "prefix_weight": 1.0},
+    "P-GPTQ, 4 left out": {"skip_first": 4, "prefix_weight": 0.0},
+    "P-GPTQ, prefix left out": {"skip_first": 1, "prefix_weight": 0.0},
+    "S-P-GPTQ, prefix left out": {"skip_first": 1, "prefix_weight": 0.0, "smoothing": True},
+}
+
+# Runs in the peer's environment, where our package cannot be imported.
+PEER = """
+import json, sys, time, torch
+torch.set_num_threads(1)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from optimum.gptq import GPTQQuantizer
+source, rows, bits, output = sys.argv[1], json.load(open(sys.argv[2])), int(sys.argv[3]), sys.argv[4]
+model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+began = time.process_time()
+quantizer = GPTQQuantizer(bits=bits, dataset=[{"input_ids": torch.tensor([r]), "attention_mask": torch.ones(1, len(r), dtype=torch.long)} for r in rows],
+    group_size=64, damp_percent=0.01, desc_act=False, act_group_aware=False, sym=True, batch_size=1, model_seqlen=512,
+    modules_in_block_to_quantize=[["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"],
+                                  ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]])
+model = quantizer.quantize_model(model, AutoTokenizer.from_pretrained(source))
+seconds = time.process_time() - began
+state = {}
+for name, module in model.named_modules():
+    if hasattr(module, "dequantize_weight"):
+        state[name + ".weight"] = module.dequantize_weight().t().to(torch.bfloat16).contiguous()
+torch.save({"seconds": seconds, "weights": state}, output)
+"""
+
+
+def load(source: Path):
+    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).eval()
+
+
+def as_llama(checkpoint: Path) -> Path:
+    """The same weights under Llama's names, which the peer knows."""
+    folder = ROOT / "build" / "bench_p_gptq" / "smollm2-llama"
+    if not (folder / "config.json").is_file():
+        minicpm4_to_llama(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
+    return folder
+
+
+def texts(split: str) -> str:
+    return "".join(pq.read_table(WIKITEXT / f"{split}.parquet")["text"].to_pylist())
+
+
+@torch.no_grad()
+def perplexity(model, rows: torch.Tensor, prefix: PrefixCache | None = None) -> float:
+    """Over positions after the first of each row; the prefix computed by the model, or given."""
+    total = 0.0
+    for part in rows.split(4):
+        if prefix is None:
+            head = torch.tensor(PREFIX).expand(len(part), -1)
+            logits = model(input_ids=torch.cat([head, part], 1)).logits[:, len(PREFIX) :]
+        else:
+            logits = model(input_ids=part, past_key_values=prefix.to_cache(model, len(part)), use_cache=True).logits
+        total += functional.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), part[:, 1:].flatten(), reduction="sum"
+        ).item()
+    return math.exp(total / (rows.numel() - len(rows)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--peer", action="store_true", help="compare with Optimum and gptqmodel (benchmarks/peers.py)")
+    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "p_gptq_smollm2.json")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    num_samples, read, seeds = (16, 8192, args.seeds or 3) if args.quick else (64, 32768, args.seeds or 5)
+    source = as_llama(smollm2_path())
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    rows = torch.tensor(tokenizer(texts("test"), verbose=False)["input_ids"][:read]).view(-1, 512)
+    setting = {"rows": num_samples, "row_tokens": 512, "tokens_read": read, "group_size": GROUP, "prefix": PREFIX}
+    done = json.loads(args.json.read_text()) if args.json.is_file() else {"machine": machine(), "runs": []}
+    if done.setdefault("setting", setting) != setting:
+        sys.exit(f"{args.json} has runs of another size; name another file with --json")
+
+    def record(**run) -> None:
+        done["runs"].append(run)
+        args.json.write_text(json.dumps(done, indent=1) + "\n")
+        print(json.dumps(run), flush=True)
+
+    def known(method: str, bits: int, seed: int) -> bool:
+        return any((run["method"], run["bits"], run["seed"]) == (method, bits, seed) for run in done["runs"])
+
+    def calibration(seed: int) -> list[torch.Tensor]:
+        return calibration_rows(
+            [texts("validation")], tokenizer, num_samples=num_samples, max_length=512, seed=seed, prefix_ids=PREFIX
+        )
+
+    model = load(source)
+    prefix = PrefixCache.from_model(model, PREFIX)
+    if not known("full precision", 16, 0):
+        record(
+            method="full precision", bits=16, seed=0,
+            computed=perplexity(model, rows), stored=perplexity(model, rows, prefix),
+        )  # fmt: skip
+    for bits in args.bits:
+        if known("RTN", bits, 0):
+            continue
+        model = load(source)
+        for layer in model.model.layers:
+            for module in layer.modules():
+                if isinstance(module, nn.Linear):
+                    module.weight.data.copy_(round_to_nearest(module.weight, bits=bits, group_size=GROUP).dequantize())
+        record(
+            method="RTN", bits=bits, seed=0,
+            computed=perplexity(model, rows), stored=perplexity(model, rows, prefix),
+        )  # fmt: skip
+    if args.peer:
+        peer(source, rows, prefix, calibration(0), args.bits, known, record)
+    for seed in range(seeds):
+        for bits in args.bits:
+            for method in args.arms:
+                if known(method, bits, seed):
+                    continue
+                model = load(source)
+                quantizer = PGPTQQuantizer(
+                    bits=bits, group_size=GROUP, dataset=calibration(seed), num_samples=num_samples, max_length=512,
+                    prefix_ids=PREFIX, **ARMS[method],
+                )  # fmt: skip
+                began = time.process_time()
+                quantizer.quantize_model(model)
+                seconds = time.process_time() - began
+                down = [row["error"] for row in quantizer.report if row["layer"].endswith("down_proj")]
+                record(
+                    method=method, bits=bits, seed=seed, seconds=round(seconds, 1),
+                    computed=perplexity(model, rows), stored=perplexity(model, rows, quantizer.prefix),
+                    down_proj_error=statistics.geometric_mean(down),
+                )  # fmt: skip
+    table(done["runs"])
+
+
+def peer(source, rows, prefix, calibration, bits_list, known, record) -> None:
+    """GPTQ by Optimum and gptqmodel, and ours with the same settings (no scale search), on the same rows."""
+    from peers import make_gptqmodel
+
+    python = make_gptqmodel()
+    folder = ROOT / "build" / "bench_p_gptq"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "rows.json").write_text(json.dumps([row.tolist() for row in calibration]))
+    for bits in bits_list:
+        if not known("Optimum + gptqmodel", bits, 0):
+            command = [python, "-c", PEER, source, folder / "rows.json", str(bits), folder / "peer.pt"]
+            with (folder / "peer.log").open("w") as log:
+                subprocess.run(command, check=True, stdout=log, stderr=log)
+            found = torch.load(folder / "peer.pt")
+            model = load(source)
+            state = model.state_dict()
+            for name, weight in found["weights"].items():
+                state[name].copy_(weight)
+            assert len(found["weights"]) == 210, len(found["weights"])
+            record(
+                method="Optimum + gptqmodel", bits=bits, seed=0, seconds=round(found["seconds"], 1),
+                computed=perplexity(model, rows), stored=perplexity(model, rows, prefix),
+            )  # fmt: skip
+        if not known("GPTQ, no scale search", bits, 0):
+            model = load(source)
+            quantizer = PGPTQQuantizer(
+                bits=bits, group_size=GROUP, dataset=calibration, num_samples=len(calibration), max_length=512,
+                skip_first=0, prefix_weight=1.0, scale_search=False, batch_size=1,
+            )  # fmt: skip
+            began = time.process_time()
+            quantizer.quantize_model(model)
+            seconds = time.process_time() - began
+            record(
+                method="GPTQ, no scale search", bits=bits, seed=0, seconds=round(seconds, 1),
+                computed=perplexity(model, rows), stored=perplexity(model, rows, prefix),
+            )  # fmt: skip
+
+
+def table(runs: list[dict]) -> None:
+    print("\n| bits | method | seeds | prefix computed | prefix stored | down_proj error | CPU s |")
+    print("|---|---|---|---|---|---|---|")
+    for bits, method in dict.fromkeys((run["bits"], run["method"]) for run in runs):
+        mine = [run for run in runs if (run["bits"], run["method"]) == (bits, method)]
+        cells = []
+        for key, form in (("computed", "{:.2f}"), ("stored", "{:.2f}"), ("down_proj_error", "{:.2e}"), ("seconds", "{:.0f}")):
+            values = [run[key] for run in mine if key in run]
+            cell = form.format(statistics.mean(values)) if values else ""
+            if len(values) > 1 and key in ("computed", "stored"):
+                cell += f" ± {statistics.stdev(values):.2f}"
+            cells.append(cell)
+        print(f"| {bits} | {method} | {len(mine)} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""
+`optimum-cli minicpm4 quantize|ternarize|export`: the work. The arguments are beside optimum's commands, in
+`optimum/commands/register/register_minicpm4.py`, which optimum reads at each start and which therefore imports nothing
+of ours.
+"""
+
+import argparse
+import sys
+import traceback
+from pathlib import Path
+
+from .errors import UserError, one_line
+
+
+def run(action: str, args: argparse.Namespace) -> int:
+    """Do the work. Returns 0, 1 for a fault of ours, 2 for unusable input, 130 if stopped."""
+    try:
+        {"quantize": quantize, "ternarize": ternarize, "export": export}[action](args)
+        return 0
+    except KeyboardInterrupt:
+        print("stopped" + ("; the same command goes on" if action == "quantize" else ""), file=sys.stderr)
+        return 130
+    except (UserError, ValueError, OSError, ImportError) as error:
+        message, code = one_line(error), 2
+        found = error
+    except Exception as error:
+        message, code = f"unexpected {type(error).__name__}: {one_line(error)} (--debug shows where)", 1
+        found = error
+    if args.debug:
+        traceback.print_exception(found)
+    print(f"optimum-cli minicpm4 {action}: {message}", file=sys.stderr)
+    return code
+
+
+def quantize(args: argparse.Namespace) -> None:
+    from transformers_minicpm4 import PGPTQConfig, PGPTQQuantizer
+
+    names = ("bits", "group_size", "prefix_ids", "skip_first", "prefix_weight", "num_samples", "max_length")
+    given = {name: getattr(args, name) for name in (*names, "batch_size", "seed") if getattr(args, name) is not None}
+    if args.asymmetric:
+        given |= {"sym": False, "checkpoint_format": "gptq_v2"}
+    make = PGPTQConfig.minicpm4 if args.preset else PGPTQConfig
+    config = make(
+        dataset=calibration_data(args.dataset, args.text_column),
+        text_column=args.text_column,
+        smoothing=args.smoothing,
+        act_group_aware=args.act_group_aware,
+        **given,
+    )
+    quantizer = PGPTQQuantizer.from_pretrained(args.model, config=config, device=args.device)
+    folder = quantizer.quantize(args.output, resume=not args.fresh, max_shard_size=args.max_shard_size)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    worst = max(quantizer.report, key=lambda row: row["error"])
+    print(
+        f"{folder}: {size / 1e6:,.1f} MB of weights, {config.bits} bits by {config.method}. Largest error: "
+        f"{worst['error']:.1%} of the outputs of {worst['layer']}; {folder / 'quantization_report.json'} has all."
+    )
+
+
+def ternarize(args: argparse.Namespace) -> None:
+    from transformers_minicpm4.quantization.bitcpm4.quantizer import (
+        BitCPM4Quantizer,
+        import_fake_quantized,
+        save_packed,
+    )
+
+    if args.fake_quantized:
+        if args.group_size is not None:
+            raise UserError("--group-size is found from --fake-quantized weights; leave it out")
+        from transformers import AutoTokenizer
+
+        model = import_fake_quantized(args.model)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(args.model)
+        except (OSError, ValueError):
+            tokenizer = None
+        folder = save_packed(model, args.output, tokenizer, args.max_shard_size)
+    else:
+        options = {} if args.group_size is None else {"group_size": args.group_size}
+        quantizer = BitCPM4Quantizer.from_pretrained(args.model, **options)
+        folder = quantizer.quantize(args.output, max_shard_size=args.max_shard_size)
+    size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+    print(f"{folder}: {size / 1e6:,.1f} MB, packed ternary")
+
+
+def export(args: argparse.Namespace) -> None:
+    from transformers import AutoConfig, AutoTokenizer
+
+    found = getattr(AutoConfig.from_pretrained(args.model), "quantization_config", None) or {}
+    method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+    method = getattr(method, "value", method)
+    gguf_options = {"float_type": args.float_type, "quantization": args.type, "tokenizer_pre": args.tokenizer_pre}
+    if method == "gptq" and args.to == "gguf":
+        from transformers_minicpm4.quantization.export.gguf import gptq_to_gguf
+
+        gptq_to_gguf(args.model, args.output, **gguf_options)
+    elif method == "gptq" and args.to == "marlin":
+        from transformers_minicpm4.quantization.export.marlin import gptq_to_marlin
+
+        gptq_to_marlin(args.model, args.output)
+    elif method == "bitcpm4" and args.to in ("gguf", "gptq"):
+        from transformers_minicpm4.quantization.bitcpm4.export import export_ternary
+
+        export_ternary(args.model, args.output, args.to, **(gguf_options if args.to == "gguf" else {}))
+    elif method is None and args.to == "gguf":
+        from transformers import AutoModelForCausalLM
+
+        from transformers_minicpm4.quantization.export.gguf import save_gguf
+
+        model = AutoModelForCausalLM.from_pretrained(args.model)
+        save_gguf(args.output, model, tokenizer=AutoTokenizer.from_pretrained(args.model), **gguf_options)
+    else:
+        raise UserError(
+            f"{args.model} is {'not quantized' if method is None else f'quantized by {method}'} and cannot become "
+            f"{args.to}; gguf takes plain, gptq and bitcpm4 checkpoints, marlin gptq ones, gptq bitcpm4 ones"
+        )
+    print(f"{args.output}: written")
+
+
+def calibration_data(name: str, text_column: str):
+    """Texts of a file, or the name of a Hub dataset as it is."""
+    path = Path(name)
+    if not path.exists():
+        if path.suffix in (".txt", ".md", ".jsonl", ".json", ".parquet", ".gz"):
+            raise UserError(f"{name} does not exist; give a file of text, or the name of a dataset on the Hub")
+        return name
+    if path.suffix in (".txt", ".md"):
+        return [path.read_text(encoding="utf-8")]
+    kinds = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".gz": "json"}
+    if path.suffix not in kinds:
+        raise UserError(f"{name} is no .txt, .jsonl, .json or .parquet file")
+    from datasets import load_dataset
+
+    rows = load_dataset(kinds[path.suffix], data_files=str(path), split="train", streaming=True)
+    first = next(iter(rows), None)
+    if first is None or text_column not in first:
+        raise UserError(
+            f"{name} has no column {text_column!r}; its columns are {sorted(first or {})}. Use --text-column"
+        )
+    return rows

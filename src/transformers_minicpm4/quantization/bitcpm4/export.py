@@ -1,0 +1,73 @@
+"""Packed ternary checkpoints in forms that other engines read, all exact: GPTQ of 2 bits, and GGUF."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from ..export.gptq import save_gptq
+from ..export.ternary_gptq import ternary_weight
+from ..quantized_weight import QuantizedWeight
+from .packed_linear import TernaryLinear
+from .ternary_packing import unpack_ternary
+
+
+class TernaryWeights(Mapping):
+    """A packed model's layers by name as `QuantizedWeight`s; each access unpacks one layer."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.layers = {name: module for name, module in model.named_modules() if isinstance(module, TernaryLinear)}
+        if not self.layers:
+            raise ValueError(f"this {type(model).__name__} has no packed ternary layer; load a packed checkpoint")
+
+    def __getitem__(self, name: str) -> QuantizedWeight:
+        layer = self.layers[name]
+        codes = unpack_ternary(layer.weight.detach(), layer.in_features)
+        return ternary_weight(codes, layer.weight_scale.detach(), layer.group_size, layer.bias)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+
+def export_ternary(
+    model_or_path: PreTrainedModel | str | Path,
+    path: str | Path,
+    to: str = "gptq",
+    tokenizer: Any = None,
+    **options: Any,
+) -> None:
+    """
+    Write a packed model for readers that know nothing of ours.
+
+    Args:
+        model_or_path: packed, in memory or where it is (the tokenizer is then taken from there).
+        path: a new folder (`to="gptq"`) or file (`to="gguf"`).
+        to: "gptq", 2-bit codes 1, 2, 3 with zero point 2; or "gguf", by the type that is exact for the groups.
+        options: of `save_gptq` or `save_gguf`.
+
+    Raises:
+        ValueError: not packed, or a form that would change a weight.
+    """
+    if isinstance(model_or_path, PreTrainedModel):
+        model = model_or_path
+    else:
+        model = AutoModelForCausalLM.from_pretrained(model_or_path)
+        try:
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(model_or_path)
+        except (OSError, ValueError):
+            tokenizer = None  # the writers say where they need one
+    weights = TernaryWeights(model)
+    if to == "gptq":
+        save_gptq(path, model, weights, tokenizer=tokenizer, meta={"method": "BitCPM4 ternary"}, **options)
+    elif to == "gguf":
+        from ..export.gguf import save_gguf
+
+        save_gguf(path, model, weights, tokenizer=tokenizer, **options)
+    else:
+        raise ValueError(f"to={to!r} was given; it is 'gptq' or 'gguf'")

@@ -1,0 +1,204 @@
+"""
+LoRA (PEFT) on ternary layers.
+
+Beside packed weights an adapter stays a matrix of its own, as in QLoRA: `y = ternary(x) + scaling * B(A x)`. Merging
+it into 2 bits would lose most of it, so `merge` refuses; `merge_and_requantize` does it and says what was lost.
+
+Around latents the adapter is part of what is rounded: `y = x ternarize(W + scaling * B A)^T`. Merging it into the
+latents is exact therefore, and the merged model is what was trained.
+
+Shape letters: `O` outputs, `I` inputs, `Q` groups.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .packed_linear import TernaryLinear
+from .qat import TernaryQATLinear
+from .ternary import dequantize
+from .ternary_packing import pack_ternary
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+MERGE_REFUSED = (
+    "a LoRA adapter cannot be merged into packed ternary weights without losing most of it. Keep the adapter beside "
+    "the packed model (save_pretrained writes it alone); or get a dense model: load the packed model, call "
+    "dequantize(), load the adapter onto that and merge there; or call merge_and_requantize(model) of "
+    "transformers_minicpm4.quantization.bitcpm4.peft_support, which rounds and reports the error of every layer."
+)
+
+
+@functools.cache
+def register_with_peft() -> None:
+    """
+    Let PEFT wrap ternary layers in the classes below, in `get_peft_model` and when adapters are loaded. Does nothing
+    without PEFT.
+    """
+    if not importlib.util.find_spec("peft"):
+        return
+    from peft.tuners.lora import model as lora_model
+
+    packed, latent = _lora_classes()
+    default = lora_model.dispatch_default
+
+    @functools.wraps(default)
+    def dispatch_default(target, adapter_name, config, parameter_name=None, **kwargs):
+        layer = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+        kind = {TernaryLinear: packed, TernaryQATLinear: latent}.get(type(layer))
+        if kind is None or parameter_name is not None:
+            return default(target, adapter_name, config, parameter_name=parameter_name, **kwargs)
+        return kind(target, adapter_name, config=config, **kwargs)
+
+    # PEFT's own seam, LoraConfig._register_custom_module, is not saved with an adapter: loading one would miss it.
+    lora_model.dispatch_default = dispatch_default
+
+
+@functools.cache
+def _lora_classes() -> tuple[type, type]:
+    """The two LoRA layers; made here because PEFT is optional."""
+    from peft.tuners.lora.layer import Linear
+
+    class _Ternary(Linear):
+        def __init__(self, base_layer, adapter_name, config, **kwargs):
+            _refuse(config)
+            super().__init__(base_layer, adapter_name, config=config, **kwargs)
+
+        def update_layer(self, adapter_name, *args, config, **kwargs):
+            _refuse(config)
+            super().update_layer(adapter_name, *args, config=config, **kwargs)
+
+        @property
+        def lora_variants(self):
+            return {(): None}
+
+    class TernaryLoraLinear(_Ternary):
+        """LoRA beside a `TernaryLinear`."""
+
+        def merge(self, safe_merge=False, adapter_names=None):
+            raise ValueError(MERGE_REFUSED)
+
+        def delta(self) -> torch.Tensor:
+            """float32 `[O, I]`, the sum of the active adapters."""
+            active = [name for name in self.active_adapters if name in self.lora_A]
+            return sum(self.get_delta_weight(name).float() for name in active)
+
+    class TernaryQATLoraLinear(_Ternary):
+        """LoRA within the rounding of a `TernaryQATLinear`."""
+
+        def __init__(self, base_layer, adapter_name, config, **kwargs):
+            _refuse_dropout(config)
+            super().__init__(base_layer, adapter_name, config=config, **kwargs)
+
+        def update_layer(self, adapter_name, *args, config, **kwargs):
+            _refuse_dropout(config)
+            super().update_layer(adapter_name, *args, config=config, **kwargs)
+
+        def forward(self, x, *args, **kwargs):
+            self._check_forward_args(x, *args, **kwargs)
+            if kwargs.pop("adapter_names", None) is not None:
+                raise ValueError(
+                    "adapter_names mixes adapters within a batch; latents are rounded together with one set of them. "
+                    "Run the adapters one after the other."
+                )
+            if self.disable_adapters:
+                if self.merged:
+                    self.unmerge()
+                return self.base_layer(x, *args, **kwargs)
+            active = [name for name in self.active_adapters if name in self.lora_A]
+            if self.merged or not active:
+                return self.base_layer(x, *args, **kwargs)
+            delta = sum(self.get_delta_weight(name) for name in active)
+            return F.linear(x, self.base_layer.effective_weight(delta), self.base_layer.bias)
+
+    return TernaryLoraLinear, TernaryQATLoraLinear
+
+
+def _refuse(config) -> None:
+    asked = [name for name in ("use_dora", "lora_bias") if getattr(config, name, False)]
+    # Initialisations that decompose the weight, or put a part of it into the adapter.
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        asked.append(f"init_lora_weights={config.init_lora_weights!r}")
+    if asked:
+        raise ValueError(
+            f"{', '.join(asked)}: not available on ternary layers. Plain LoRA is (init_lora_weights True, False or "
+            "'gaussian'), with or without use_rslora."
+        )
+
+
+def _refuse_dropout(config) -> None:
+    if config.lora_dropout:
+        raise ValueError(
+            f"lora_dropout={config.lora_dropout}: an adapter around latents is added to the weights and sees no "
+            "inputs to drop. Set lora_dropout=0."
+        )
+
+
+@torch.no_grad()
+def merge_and_requantize(model: PeftModel) -> tuple[PreTrainedModel, dict[str, float]]:
+    """
+    Merge LoRA adapters into packed layers by rounding the sum to ternary again, in place.
+
+    Codes are the sum divided by the old scale, rounded; the new scale is then the least-squares one of the codes. (The
+    absmean of weights that are mostly ternary would shrink them.) A group that the adapter does not touch keeps its
+    bits. Expect to lose much: a step of a ternary weight is large against a usual adapter.
+
+    Args:
+        model: a packed model in a `PeftModel`.
+
+    Returns:
+        the packed model without adapters; and by layer the share of the adapter that is lost, in the Frobenius norm:
+        |merged - (packed + adapter)| / |adapter|. 1 is as bad as leaving the adapter out; 0 for an adapter of zeros.
+
+    Raises:
+        ValueError: no adapter on a packed layer, or an adapter with NaN; the model is as it was.
+    """
+    packed_class, _ = _lora_classes()
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, packed_class)}
+    if not layers:
+        raise ValueError(
+            "there is no LoRA adapter on a packed ternary layer here. Merge others with merge_and_unload()."
+        )
+    for name, module in layers.items():
+        if not bool(torch.isfinite(module.delta()).all()):
+            raise ValueError(f"the adapter of {name} has NaN or infinite values; nothing was merged.")
+    errors = {}
+    for name, module in layers.items():
+        base, delta = module.base_layer, module.delta()
+        wanted = base.dequantize() + delta
+        codes, scales = _refit(wanted, base)
+        merged = dequantize(codes, scales, base.group_size)
+        size = delta.norm()
+        errors[name.removeprefix("base_model.model.")] = float((merged - wanted).norm() / size) if size else 0.0
+        base.weight = nn.Parameter(pack_ternary(codes), requires_grad=False)
+        base.weight_scale = scales
+        _clear(module)
+    return model.unload(), errors
+
+
+def _refit(wanted: torch.Tensor, base: TernaryLinear) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales for float32 `[O, I]`, starting from the scales of `base`."""
+    groups = wanted.unflatten(1, (base.weight_scale.shape[1], -1))
+    old = base.weight_scale.float()[..., None]
+    steps = torch.where(old > 0, groups / old.clamp(min=torch.finfo(torch.float32).tiny), 0).round().clamp(-1, 1)
+    nonzero = steps.abs().sum(2)
+    fitted = (groups * steps).sum(2) / nonzero.clamp(min=1)
+    scales = torch.where(nonzero > 0, fitted, old[..., 0]).to(base.weight_scale.dtype)
+    return steps.flatten(1).to(torch.int8), scales
+
+
+def _clear(module) -> None:
+    # The adapter is in the weights now, and must not count a second time.
+    for name in list(module.active_adapters):
+        if name in module.lora_B:
+            module.lora_B[name].weight.zero_()

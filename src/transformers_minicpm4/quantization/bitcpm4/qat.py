@@ -1,0 +1,479 @@
+"""
+Training ternary weights with the ordinary `Trainer`: layers, the two-stage schedule, and callbacks.
+
+The recipe (MiniCPM4, arXiv 2506.07900, section 4.2): start from a checkpoint in high precision, warm the learning rate
+up again when quantization-aware training (QAT) starts, and give QAT at least 40 % of all tokens; twice the tokens of
+the decay is about as good as QAT from the first step. BitCPM-CANN (same team): distil, if at all, after pure QAT;
+distilling from the start is worse.
+
+Shape letters: `B` sequences, `N` tokens, `V` vocabulary, `O` outputs, `I` inputs.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils import logging
+
+from .configuration import QUANT_METHOD, BitCPM4Config
+from .ternary import fake_quantize, inputs_per_group, ternary_codes_and_scales
+
+
+logger = logging.get_logger(__name__)
+
+# Peak learning rates of the paper's study with 5 million parameters trained from scratch: before and during QAT.
+# BitCPM-CANN takes 1e-2 for QAT and finds 1.5e-2 too large. Fine-tuning of a trained checkpoint wants far less: see
+# docs/bitcpm4.md for what worked.
+STAGE_ONE_LEARNING_RATE = 1e-2
+QAT_LEARNING_RATE = 5e-3
+SMALLEST_QAT_SHARE = 0.4
+
+
+class TernaryQATLinear(nn.Linear):
+    """
+    `nn.Linear` whose weight is rounded to ternary in the forward pass. `weight` stays the ordinary floating-point
+    parameter `[O, I]` (the latents): optimizers, checkpoints and other readers see a plain linear layer.
+
+    Args:
+        linear: the layer whose parameters it takes over (the same tensors, no copies).
+        group_size: inputs that share a scale, or -1.
+        scale_dtype: what scales are rounded to.
+        name: of the layer, for errors.
+
+    Raises:
+        ValueError: the inputs are not divisible by `group_size`.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        group_size: int,
+        scale_dtype: torch.dtype = torch.float16,
+        name: str = "this layer",
+    ):
+        inputs_per_group(linear.in_features, group_size, name)
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.group_size = group_size
+        self.scale_dtype = scale_dtype
+        self.quantize = True  # False: a plain linear layer, for the stage before QAT
+        self.train(linear.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., I]` to `[..., O]`."""
+        return F.linear(x, self.effective_weight(), self.bias)
+
+    def effective_weight(self, delta: torch.Tensor | None = None) -> torch.Tensor:
+        """`[O, I]`: what the layer multiplies by, with `delta` `[O, I]` added to the latents if given."""
+        weight = self.weight if delta is None else self.weight + delta.to(self.weight.dtype)
+        return fake_quantize(weight, self.group_size, self.scale_dtype) if self.quantize else weight
+
+    def codes_and_scales(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """int8 `[O, I]` and `scale_dtype` `[O, I / group_size]` that stand for the latents."""
+        return ternary_codes_and_scales(self.weight, self.group_size, self.scale_dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, group_size={self.group_size}"
+
+
+def convertible_linears(model: PreTrainedModel, config: BitCPM4Config) -> dict[str, nn.Linear]:
+    """
+    The linear layers that `config` makes ternary, by name.
+
+    Raises:
+        ValueError: there is none, or `config.group_size` does not divide the inputs of one; names it.
+    """
+    kept = HfQuantizer.get_modules_to_not_convert(model, config.modules_to_not_convert, add_default_skips=True)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for name in config.modules_to_not_convert or ():
+        if all(should_convert_module(linear, [name]) for linear in linears):
+            logger.warning(f"modules_to_not_convert has {name!r}, which is the name of no linear layer: misspelt?")
+    found = {name: module for name, module in linears.items() if should_convert_module(name, kept)}
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer to make ternary beside those that stay: "
+            f"{', '.join(sorted(kept))}."
+        )
+    for name, module in found.items():
+        inputs_per_group(module.in_features, config.group_size, name)
+    return found
+
+
+def prepare_qat(model: PreTrainedModel, config: BitCPM4Config | None = None) -> PreTrainedModel:
+    """
+    Make the linear layers of a model in memory train as ternary ones, in place. `from_pretrained(...,
+    quantization_config=BitCPM4Config())` does the same while it loads.
+
+    Args:
+        model: any model of Transformers; parameters stay the same objects, so an optimizer may exist already.
+        config: what to convert; its `weight_format` must be `"latent"`.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: the model is quantized already, or the config does not fit it.
+    """
+    config = BitCPM4Config() if config is None else config
+    if config.weight_format != "latent":
+        raise ValueError(
+            f"prepare_qat trains latents: weight_format must be 'latent', got {config.weight_format!r}. Use freeze "
+            "to pack a model."
+        )
+    refuse_quantized(model)
+    replace_by_latents(model, config)
+    mark_quantized(model, config)
+    return model
+
+
+def replace_by_latents(model: PreTrainedModel, config: BitCPM4Config) -> None:
+    """Put a `TernaryQATLinear` in the place of every linear layer that `config` converts."""
+    scale_dtype = getattr(torch, config.scale_dtype)
+    for name, linear in convertible_linears(model, config).items():
+        if linear.weight.dtype in (torch.float16, torch.bfloat16):
+            logger.warning_once(
+                f"Latent weights in {linear.weight.dtype} swallow small updates. Load with dtype=torch.float32 to "
+                "train, and let `bf16=True` of the TrainingArguments do the rest."
+            )
+        model.set_submodule(name, TernaryQATLinear(linear, config.group_size, scale_dtype, name))
+
+
+def mark_quantized(model: PreTrainedModel, config: BitCPM4Config) -> None:
+    """Say to Transformers (saving, Trainer, `dequantize()`) what `from_pretrained` would have said."""
+    from .hf_quantizer import BitCPM4HfQuantizer
+    from .peft_support import register_with_peft
+
+    register_with_peft()
+    model.config.quantization_config = config
+    model.config._is_quantized = True
+    model.hf_quantizer = BitCPM4HfQuantizer(config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = QUANT_METHOD
+
+
+def refuse_quantized(model: PreTrainedModel) -> None:
+    """
+    Raises:
+        ValueError: the model is quantized; says by which method.
+    """
+    config = getattr(model.config, "quantization_config", None)
+    if config is None and not getattr(model, "is_quantized", False):
+        return
+    method, form = quantization_of(config)
+    if method == QUANT_METHOD:
+        raise ValueError(
+            f"this model is a BitCPM4 model with {form} weights already. "
+            + ("Train it as it is, or pack it with freeze." if form == "latent" else "Call model.dequantize() first.")
+        )
+    raise ValueError(
+        f"this model is quantized with {method} already; ternary weights are made from unquantized ones. Load the "
+        "original checkpoint, or call model.dequantize() first."
+    )
+
+
+def quantization_of(config: object) -> tuple[str, str | None]:
+    """(quant_method, weight_format) of a quantization config, an object or a dict."""
+    fields = config if isinstance(config, dict) else getattr(config, "__dict__", {})
+    method = fields.get("quant_method", "an unknown method")
+    return str(getattr(method, "value", method)), fields.get("weight_format")
+
+
+def qat_layers(model: nn.Module) -> Iterator[tuple[str, TernaryQATLinear]]:
+    """(name, layer) of every ternary layer in training, within PEFT wrappers too."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, TernaryQATLinear))
+
+
+def set_qat(model: nn.Module, quantize: bool) -> None:
+    """Switch the rounding of all `TernaryQATLinear` layers on or off."""
+    for _, layer in qat_layers(model):
+        layer.quantize = quantize
+
+
+# --------------------------------------------------------------------------------------------------------- the recipe
+
+
+def rewarmed_wsd_schedule(
+    optimizer: torch.optim.Optimizer,
+    num_training_steps: int,
+    qat_share: float = SMALLEST_QAT_SHARE,
+    num_warmup_steps: int = 0,
+    num_rewarmup_steps: int | None = None,
+    decay_share: float = 0.2,
+    qat_lr_ratio: float = QAT_LEARNING_RATE / STAGE_ONE_LEARNING_RATE,
+    min_lr_ratio: float = 0.0,
+    last_epoch: int = -1,
+) -> LambdaLR:
+    """
+    Warmup-stable-decay in two stages: warm up to the optimizer's learning rate and hold it; where QAT starts, warm up
+    again from 0 to `qat_lr_ratio` times that rate, hold it, and decay along a straight line.
+
+    Args:
+        optimizer: its learning rate is the peak of the first stage.
+        num_training_steps: optimizer steps of both stages.
+        qat_share: share of the steps (and of the tokens, where all steps have as many) that are QAT, the last ones.
+            1 means that the first stage was trained elsewhere: the schedule is the second stage alone.
+        num_warmup_steps: of the first stage.
+        num_rewarmup_steps: steps of the second warmup; by default 5 % of the QAT steps.
+        decay_share: share of all steps that decay, the last ones.
+        qat_lr_ratio: peak of the second stage over that of the first; the paper's is 5e-3 / 1e-2.
+        min_lr_ratio: learning rate at the end, over the first stage's peak.
+        last_epoch: step to go on from.
+
+    Returns:
+        the scheduler, for `Trainer(optimizers=(optimizer, scheduler))`.
+
+    Raises:
+        ValueError: shares outside (0, 1], or stages that do not fit into the steps.
+
+    Warns:
+        UserWarning: a `qat_share` below the 40 % that the paper finds necessary.
+    """
+    for name, value, low in (("qat_share", qat_share, 0), ("decay_share", decay_share, -1)):
+        if not low < value <= 1 or value < 0:
+            raise ValueError(f"{name} is a share of the steps, above 0 and at most 1; got {value}.")
+    if qat_share < SMALLEST_QAT_SHARE:
+        warnings.warn(
+            f"qat_share={qat_share} is below {SMALLEST_QAT_SHARE}: the paper comes close to QAT from the first step "
+            "only from there on.",
+            stacklevel=2,
+        )
+    start = qat_start_step(num_training_steps, qat_share)
+    qat_steps = num_training_steps - start
+    rewarmup = math.ceil(0.05 * qat_steps) if num_rewarmup_steps is None else num_rewarmup_steps
+    decay = round(decay_share * num_training_steps)
+    if num_warmup_steps > start > 0 or rewarmup + decay > qat_steps:
+        raise ValueError(
+            f"the stages do not fit: {start} steps before QAT hold {num_warmup_steps} of warmup, and {qat_steps} "
+            f"steps of QAT hold {rewarmup} of re-warmup and {decay} of decay. Take fewer of these, or more steps."
+        )
+    factor = partial(
+        _rewarmed_wsd_factor,
+        warmup=num_warmup_steps,
+        start=start,
+        rewarmup=rewarmup,
+        decay=decay,
+        total=num_training_steps,
+        ratio=qat_lr_ratio,
+        floor=min_lr_ratio,
+    )
+    return LambdaLR(optimizer, factor, last_epoch)
+
+
+def _rewarmed_wsd_factor(step, *, warmup, start, rewarmup, decay, total, ratio, floor) -> float:
+    # + 1: the first step of a warmup moves already, or it would be spent on nothing.
+    if step < start:
+        return min(1.0, (step + 1) / max(1, warmup))
+    if step - start < rewarmup:
+        return ratio * (step - start + 1) / rewarmup
+    left = max(0, total - step)
+    return ratio if left >= decay else floor + (ratio - floor) * left / decay
+
+
+def qat_start_step(num_training_steps: int, qat_share: float) -> int:
+    """The first step of QAT, so that QAT has at least `qat_share` of the steps."""
+    return num_training_steps - math.ceil(qat_share * num_training_steps - 1e-9)
+
+
+class QATStartCallback(TrainerCallback):
+    """
+    Trains in full precision first and switches ternary rounding on at one step, after resuming from a checkpoint too.
+
+    Args:
+        qat_share: share of the optimizer steps, the last ones, that are QAT; the same as the schedule's. It is the
+            share of tokens where every step has as many.
+        start_step: first step of QAT, instead of `qat_share`.
+
+    Raises:
+        ValueError: both or none given, or out of range.
+    """
+
+    def __init__(self, qat_share: float | None = None, start_step: int | None = None):
+        if (qat_share is None) == (start_step is None):
+            raise ValueError(f"give qat_share or start_step, one of them; got {qat_share} and {start_step}.")
+        if qat_share is not None and not 0 < qat_share <= 1:
+            raise ValueError(f"qat_share is a share of the steps, above 0 and at most 1; got {qat_share}.")
+        if start_step is not None and start_step < 0:
+            raise ValueError(f"start_step is a step, 0 or more; got {start_step}.")
+        self.qat_share = qat_share
+        self.start_step = start_step
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        start = qat_start_step(state.max_steps, self.qat_share) if self.start_step is None else self.start_step
+        set_qat(model, state.global_step >= start)
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        _require_latents(model, type(self).__name__)
+        self.on_step_begin(args, state, control, model=model)
+
+
+class DistillationCallback(TrainerCallback):
+    """
+    Adds a teacher to the loss from one step on: `(1 - weight) * loss + weight * KL(teacher || student)`, both means
+    over the tokens that have labels. Works with every trainer that takes the loss from the model's output.
+
+    Args:
+        teacher: a causal LM with the student's vocabulary, as a rule the checkpoint that QAT started from. Runs
+            without gradients on the student's device.
+        start_share: share of the optimizer steps, the first ones, that are pure QAT. Not 0: distilling from the start
+            was worse than pure QAT (BitCPM-CANN).
+        weight: of the KL term, above 0 and at most 1.
+        temperature: both distributions are softened by it, and the term is multiplied by its square.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    def __init__(
+        self, teacher: PreTrainedModel, start_share: float = 0.5, weight: float = 0.5, temperature: float = 1.0
+    ):
+        if not 0 < start_share < 1:
+            raise ValueError(
+                f"start_share is the share of steps before distillation, between 0 and 1; got {start_share}. "
+                "Distilling from the start is worse than not at all."
+            )
+        if not 0 < weight <= 1:
+            raise ValueError(f"weight of the KL term is above 0 and at most 1; got {weight}.")
+        if temperature <= 0:
+            raise ValueError(f"temperature is above 0; got {temperature}.")
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.start_share = start_share
+        self.weight = weight
+        self.temperature = temperature
+        self.active = False
+        self._hook = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.teacher.to(model.device)
+        self._hook = model.register_forward_hook(self._add_teacher, with_kwargs=True)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.active = state.global_step >= math.ceil(self.start_share * state.max_steps)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def _add_teacher(self, module, args, kwargs, output):
+        if not (self.active and module.training):
+            return output
+        if output.loss is None or getattr(output, "logits", None) is None:
+            raise ValueError(
+                "DistillationCallback needs the model's loss and logits in its output. Train with labels, and switch "
+                "off fused losses that skip the logits (use_liger_kernel=False)."
+            )
+        inputs = {name: kwargs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in kwargs}
+        with torch.no_grad():
+            teacher = self.teacher(*args, **inputs, use_cache=False).logits
+        if teacher.shape != output.logits.shape:
+            raise ValueError(
+                f"teacher logits {list(teacher.shape)} and student logits {list(output.logits.shape)} differ in "
+                "shape: they need one vocabulary. Take the checkpoint that QAT started from as the teacher."
+            )
+        divergence = distillation_loss(
+            output.logits, teacher, kwargs["labels"], self.temperature, kwargs.get("num_items_in_batch")
+        )
+        output.loss = (1 - self.weight) * output.loss + self.weight * divergence
+        return output
+
+
+def distillation_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    labels: torch.Tensor,
+    temperature: float = 1.0,
+    num_items_in_batch: int | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    `temperature**2 * KL(teacher || student)` in nats, summed over positions that predict a label.
+
+    Args:
+        student: logits `[B, N, V]`.
+        teacher: logits `[B, N, V]`.
+        labels: `[B, N]`, -100 where there is none; position n predicts label n + 1.
+        temperature: softens both distributions.
+        num_items_in_batch: what to divide by, as `Trainer` counts it over accumulated batches; by default the number
+            of positions that count here.
+
+    Returns:
+        scalar, float32 or wider.
+    """
+    counted = labels[:, 1:] != -100
+    wide = torch.promote_types(student.dtype, torch.float32)
+    student = F.log_softmax(student[:, :-1][counted].to(wide) / temperature, -1)
+    teacher = F.log_softmax(teacher[:, :-1][counted].to(wide) / temperature, -1)
+    total = F.kl_div(student, teacher, log_target=True, reduction="sum") * temperature**2
+    return total / (counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+
+class TernaryMonitorCallback(TrainerCallback):
+    """
+    Watches the codes at every logging step. Adds to the log, and keeps in `history`:
+
+    - `ternary/flip_rate`: share of the weights whose code changed since the last logging step. It should fall as the
+      learning rate decays; 0 from early on says that the learning rate is too small to move latents over a threshold.
+    - `ternary/zero_fraction`: share of codes that are 0.
+    - `ternary/scale_drift`: mean over groups of |scale / scale at the start of training - 1|.
+
+    The entries are in `trainer.state.log_history`, and reach callbacks that stand behind this one. Needs 1 byte a
+    ternary weight on the weights' device.
+    """
+
+    def __init__(self):
+        self.history: list[dict[str, float]] = []
+        self._codes: dict[str, torch.Tensor] = {}
+        self._first_scales: dict[str, torch.Tensor] = {}
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        _require_latents(model, type(self).__name__)
+        for name, layer in qat_layers(model):
+            self._codes[name], self._first_scales[name] = _codes_and_scales(layer)
+
+    def on_log(self, args, state, control, model=None, logs=None, **kwargs):
+        if not self._codes or "loss" not in (logs or {}):  # evaluations and the end of training log too
+            return
+        flips = zeros = weights = groups = 0
+        drift = 0.0
+        for name, layer in qat_layers(model):
+            codes, scales = _codes_and_scales(layer)
+            flips += int((codes != self._codes[name]).sum())
+            zeros += int((codes == 0).sum())
+            weights += codes.numel()
+            drift += float((scales.float() / self._first_scales[name].float() - 1).abs().sum())
+            groups += scales.numel()
+            self._codes[name] = codes
+        entry = {
+            "ternary/flip_rate": flips / weights,
+            "ternary/zero_fraction": zeros / weights,
+            "ternary/scale_drift": drift / groups,
+        }
+        self.history.append({"step": state.global_step, **entry})
+        logs.update(entry)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(entry)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._codes, self._first_scales = {}, {}
+
+
+@torch.no_grad()
+def _codes_and_scales(layer: TernaryQATLinear) -> tuple[torch.Tensor, torch.Tensor]:
+    return layer.codes_and_scales()
+
+
+def _require_latents(model: nn.Module, who: str) -> None:
+    if next(qat_layers(model), None) is None:
+        raise ValueError(
+            f"{who} found no ternary layer in training. Load the model with quantization_config=BitCPM4Config(), or "
+            "call prepare_qat(model)."
+        )

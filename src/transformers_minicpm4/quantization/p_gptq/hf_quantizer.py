@@ -1,0 +1,78 @@
+"""
+`from_pretrained(..., quantization_config=PGPTQConfig(...))`: loads in full precision, quantizes, and from then on
+calls itself what every reader knows, `quant_method: gptq`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.quantizers.base import HfQuantizer
+
+from .configuration import PGPTQConfig
+
+
+class PGPTQHfQuantizer(HfQuantizer):
+    """Quantizes once the weights are there; `save_pretrained` then writes GPTQ files, which the stock classes load."""
+
+    quantization_config: PGPTQConfig
+
+    def __init__(self, quantization_config: PGPTQConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        if self.pre_quantized:
+            raise ValueError(
+                "a checkpoint says quant_method 'p_gptq', which no version of this package writes; checkpoints of "
+                "P-GPTQ say 'gptq'"
+            )
+        if quantization_config.dataset is None:
+            raise ValueError("PGPTQConfig has no calibration data; give it dataset= (texts, token rows, a Dataset)")
+        self._quantizer = None
+
+    def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype | None:
+        return dtype
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        from ..export.gptq import gptq_config
+        from .quantizer import PGPTQQuantizer
+
+        del model.config.quantization_config
+        model.is_quantized = False
+        config = self.quantization_config
+        self._quantizer = PGPTQQuantizer(config)
+        if config.tokenizer is None:
+            self._quantizer.source = model.name_or_path or None
+        self._quantizer.quantize_model(model)
+        model.is_quantized = True
+        model.config.quantization_config = gptq_config(
+            config.bits,
+            config.group_size,
+            symmetric=config.sym,
+            checkpoint_format=config.checkpoint_format,
+            damp_percent=config.damp_percent,
+            meta=self._quantizer.meta(),
+        )
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """The tensors of a GPTQ checkpoint."""
+        from ..export.gptq import gptq_tensors, plain_tensors
+
+        weights = self._quantizer.weights
+        state = dict(plain_tensors(model, model.state_dict(), list(weights)))
+        for name in weights:
+            for part, tensor in gptq_tensors(weights[name], self.quantization_config.checkpoint_format).items():
+                state[f"{name}.{part}"] = tensor
+        return state, {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        # The layers are ordinary ones that hold dequantized weights: adapters train.
+        return True
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        return model.to(dtype)

@@ -1,0 +1,508 @@
+"""
+`PGPTQQuantizer`: a causal LM to INT4, one block after the other, each fed by the quantized blocks before it.
+
+Shape letters: `B` sequences, `S` positions, `O` outputs, `I` inputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from optimum.quantization_base import OptimumQuantizer
+from torch import nn
+from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers.utils import logging
+
+from ...model.prefix_cache import PrefixCache
+from ..export.gptq import save_gptq
+from ..packing import pack_unit
+from ..quantized_weight import QuantizedWeight
+from .blocks import Blocks, linear_groups, open_checkpoint, run, run_until
+from .calibration import CalibrationError, batches, calibration_rows, digest
+from .configuration import PGPTQConfig
+from .hessian import Hessian, position_weights
+from .report import write_report
+from .smoothing import search_factors
+from .solver import CannotFactor, output_error, round_to_nearest, solve
+from .store import Store
+
+
+logger = logging.get_logger(__name__)
+
+# What may take a smoothing factor: the layer before, in blocks with Llama's names.
+BEFORE = {
+    "self_attn.q_proj": "input_layernorm",
+    "self_attn.o_proj": "self_attn.v_proj",
+    "mlp.gate_proj": "post_attention_layernorm",
+    "mlp.down_proj": "mlp.up_proj",
+}
+# Of the rows kept between blocks at most this many bytes stay in memory; the rest lies in a file that is mapped.
+IN_MEMORY = 4 * 2**30
+
+
+class PGPTQQuantizer(OptimumQuantizer):
+    """
+    Quantizes the linear layers of any causal LM that is built like Llama (SmolLM, Qwen, MiniCPM4, ...).
+
+        quantizer = PGPTQQuantizer(bits=4, group_size=128, dataset=texts)
+        quantizer.quantize_model(model, tokenizer)
+        quantizer.save(model, "model-int4")
+
+    or, block by block from a checkpoint's files, with less memory than the model has:
+
+        PGPTQQuantizer.from_pretrained("model", dataset=texts).quantize("model-int4")
+
+    Args:
+        config: a `PGPTQConfig`, or its fields by name.
+    """
+
+    def __init__(self, config: PGPTQConfig | None = None, **options: Any):
+        self.config = PGPTQConfig(**options) if config is None else replace(config, **options)
+        self.blocks: Blocks | None = None
+        self.source: str | None = None
+        self.weights: Store | None = None
+        self.prefix: PrefixCache | None = None
+        self.report: list[dict[str, Any]] = []
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_or_path: PreTrainedModel | str | Path,
+        file_name: str | None = None,
+        config: PGPTQConfig | None = None,
+        device: torch.device | str = "cpu",
+        **options: Any,
+    ) -> PGPTQQuantizer:
+        """
+        A quantizer for `quantize`. A path or Hub id is read block by block while it is quantized.
+
+        Args:
+            file_name: Optimum's argument for ONNX files; there is none here, and anything but `None` is refused.
+        """
+        if file_name is not None:
+            raise ValueError(f"file_name={file_name!r} was given; a checkpoint is named by its folder or Hub id alone")
+        quantizer = cls(config, **options)
+        if isinstance(model_or_path, PreTrainedModel):
+            refuse_quantized(model_or_path)
+            quantizer.blocks = Blocks(model_or_path)
+            return quantizer
+        quantizer.source = str(model_or_path)
+        quantizer.blocks = open_checkpoint(model_or_path, device)
+        refuse_quantized(quantizer.blocks.model)
+        return quantizer
+
+    def quantize(
+        self, save_dir: str | Path, file_prefix: str | None = None, resume: bool = True, **save_options: Any
+    ) -> Path:
+        """
+        Quantize what `from_pretrained` was given and write the checkpoint `save_dir`.
+
+        Solved blocks are kept in `save_dir` + ".unfinished" until the checkpoint is written: the same call after a
+        kill goes on where it was.
+
+        Args:
+            file_prefix: Optimum's argument for ONNX files, refused.
+            resume: `False` throws away what an earlier run left.
+            save_options: `tokenizer`, `max_shard_size`, `checkpoint_format` of `save_gptq`.
+        """
+        if file_prefix is not None:
+            raise ValueError(f"file_prefix={file_prefix!r} was given; readers look for model.safetensors alone")
+        if self.blocks is None:
+            raise ValueError("there is no model to quantize; make the quantizer with from_pretrained")
+        target = Path(save_dir)
+        refuse_filled(target)
+        work = target.with_name(target.name + ".unfinished")
+        if not resume:
+            shutil.rmtree(work, ignore_errors=True)
+        tokenizer = save_options.pop("tokenizer", None) or self._tokenizer()
+        self._run(self.blocks, tokenizer, work)
+        self.save(self.blocks.model, target, tokenizer=tokenizer, **save_options)
+        shutil.rmtree(work)
+        return target
+
+    def quantize_model(
+        self, model: PreTrainedModel, tokenizer: Any = None, dataset: Any = None, work_dir: str | Path | None = None
+    ) -> PreTrainedModel:
+        """
+        Quantize a model in memory. Its linear layers then hold the weights that the checkpoint will have, dequantized,
+        in the model's dtype; `save` writes them in 4 bits.
+
+        Args:
+            tokenizer: overrides the config's.
+            dataset: overrides the config's.
+            work_dir: where solved blocks are kept so that a killed run can go on; `None` keeps them in memory.
+        """
+        if dataset is not None:
+            self.config = replace(self.config, dataset=dataset)
+        refuse_quantized(model)
+        self.blocks = Blocks(model)
+        was_training = model.training
+        model.eval()
+        try:
+            self._run(self.blocks, tokenizer or self._tokenizer(), work_dir)
+        finally:
+            model.train(was_training)
+        return model
+
+    def save(self, model: PreTrainedModel, save_dir: str | Path, tokenizer: Any = None, **options: Any) -> Path:
+        """
+        Write the checkpoint: stock `quant_method: gptq`, the prefix if there is one, the report with its picture, a
+        card.
+
+        Args:
+            options: `max_shard_size`, `checkpoint_format` of `save_gptq`.
+        """
+        if not self.weights:
+            raise ValueError("nothing was quantized yet; call quantize_model first")
+        config = self.config
+
+        def extras(folder: Path) -> None:
+            if self.prefix is not None:
+                self.prefix.save(folder)
+            write_report(folder, self.report, config, self._name(model))
+
+        state = model.state_dict()
+        for index in self.weights.finished():
+            state.update(self.weights.rest(index))
+        save_gptq(
+            save_dir,
+            model,
+            self.weights,
+            tokenizer=tokenizer,
+            meta=self.meta(),
+            state_dict=state,
+            damp_percent=config.damp_percent,
+            extras=extras,
+            **{"checkpoint_format": config.checkpoint_format, **options},
+        )
+        return Path(save_dir)
+
+    def meta(self) -> dict[str, Any]:
+        """Our facts for the checkpoint's `meta`, which readers of the format ignore."""
+        config = self.config
+        return {
+            "method": config.method,
+            "skip_first": config.skip_first,
+            "prefix_weight": config.prefix_weight,
+            "prefix_ids": config.prefix_ids,
+            "smoothing": config.smoothing,
+            "scale_search": config.scale_search,
+            "act_group_aware": config.act_group_aware,
+            "column_order": "static_groups" if config.desc_act else "none",
+            "num_samples": config.num_samples,
+            "max_length": config.max_length,
+        }
+
+    # -------------------------------------------------------------------------------------------------------- the work
+
+    @torch.no_grad()
+    def _run(self, blocks: Blocks, tokenizer: Any, work_dir: str | Path | None) -> None:
+        config = self.config
+        if config.dataset is None:
+            raise CalibrationError(
+                "there is no calibration data; give dataset= (texts, token rows, a datasets.Dataset)"
+            )
+        if config.skip_first and config.prefix_weight < 1 and not config.prefix_ids:
+            logger.warning_once(
+                f"the first {config.skip_first} positions count {config.prefix_weight:g} and no prefix is stored: the "
+                "quantized model computes them itself, and may do so badly. Give prefix_ids, or prefix_weight=1."
+            )
+        rows = calibration_rows(
+            config.dataset,
+            tokenizer,
+            num_samples=config.num_samples,
+            max_length=config.max_length,
+            seed=config.seed,
+            text_column=config.text_column,
+            prefix_ids=config.prefix_ids,
+        )
+        vocab = blocks.model.get_input_embeddings().num_embeddings
+        largest = max(int(row.max()) for row in rows)
+        if largest >= vocab:
+            raise CalibrationError(
+                f"calibration rows have token {largest} and the model knows {vocab}; wrong tokenizer?"
+            )
+        rows = self._with_prefix(rows)
+        parts = batches(rows, config.batch_size)
+        counted = [position_weights(part["attention_mask"], config.skip_first, config.prefix_weight) for part in parts]
+        if not any(bool(weights.any()) for weights in counted):
+            raise CalibrationError(
+                f"no calibration position counts: all rows are at most skip_first={config.skip_first} tokens long; "
+                "give longer rows, a smaller skip_first, or prefix_weight above 0"
+            )
+        self._check_widths(blocks)
+        identity = {
+            "config": _digest(config.to_dict()),
+            "model": _digest(blocks.model.config.to_dict()),
+            "weights": _weights_digest(blocks),
+            "calibration rows": digest(rows),
+        }
+        self.weights = Store(work_dir, identity)
+        done = len(self.weights.finished())
+        if done:
+            logger.warning_once(f"going on after {done} of {len(blocks)} blocks found in {work_dir}")
+
+        hidden: list[torch.Tensor] = []
+        kwargs: list[list[dict[str, Any]]] = []
+        for part in parts:
+            first, further = blocks.first_inputs(part)
+            hidden.append(first)
+            kwargs.append(further)
+        prefix = _PrefixStream(blocks, config.prefix_ids) if config.prefix_ids else None
+        hidden = _spread(hidden)
+
+        for index in logging.tqdm(range(len(blocks)), desc="quantizing blocks", unit="block"):
+            with blocks.loaded(index) as block:
+                if prefix is not None:
+                    prefix.into(hidden)
+                    prefix.step(block, index)
+                arguments = [further[index] for further in kwargs]
+                if index < done:
+                    self._put_back(block, blocks.names[index], index)
+                else:
+                    self._solve_block(block, blocks.names[index], index, hidden, arguments, counted)
+                for part, further in zip(hidden, arguments, strict=True):
+                    part.copy_(run(block, part, further))
+        self.prefix = None if prefix is None else prefix.cache(config.prefix_ids)
+        self.report = self.weights.report()
+
+    def _solve_block(self, block, name, index, hidden, kwargs, counted) -> None:
+        config = self.config
+        groups = config.modules_in_block_to_quantize or linear_groups(block, hidden[0], kwargs[0])
+        solved: dict[str, QuantizedWeight] = {}
+        report = []
+        for group in groups:
+            began = time.process_time()
+            modules = [self._module(block, name, member) for member in group]
+            hessian = Hessian(modules[0].in_features, modules[0].weight.device)
+            for part, further, weights in zip(hidden, kwargs, counted, strict=True):
+                hessian.add(run_until(block, modules[0], part, further), weights)
+            matrix = hessian.finish()
+            stacked = torch.cat([module.weight for module in modules]).float()
+            alpha = None
+            if config.smoothing:
+                stacked, matrix, alpha = self._smooth(block, group, modules, stacked, matrix, hessian, solved)
+            try:
+                quantized, damp = solve(
+                    stacked,
+                    matrix,
+                    bits=config.bits,
+                    group_size=config.group_size,
+                    symmetric=config.sym,
+                    desc_act=config.desc_act,
+                    act_group_aware=config.act_group_aware,
+                    scale_search=config.scale_search,
+                    damp_percent=config.damp_percent,
+                )
+            except CannotFactor as error:
+                raise CannotFactor(f"{name}.{group[0]}: {error}") from error
+            rounded = round_to_nearest(stacked, bits=config.bits, group_size=config.group_size, symmetric=config.sym)
+            start = 0
+            for member, module in zip(group, modules, strict=True):
+                part = slice(start, start + module.out_features)
+                start += module.out_features
+                mine = _rows(quantized, part)
+                mine.bias = module.bias
+                solved[member] = mine
+                module.weight.copy_(mine.dequantize())
+                report.append(
+                    {
+                        "layer": f"{name}.{member}",
+                        "block": index,
+                        "error": output_error(stacked[part], mine, matrix),
+                        "rounding_error": output_error(stacked[part], _rows(rounded, part), matrix),
+                        "damp_percent": damp,
+                        "rows": hessian.rows,
+                        "alpha": alpha,
+                        "seconds": round((time.process_time() - began) / len(group), 3),
+                    }
+                )
+        weights = {f"{name}.{member}": weight for member, weight in solved.items()}
+        rest = {
+            f"{name}.{key}": parameter.detach()
+            for key, parameter in block.named_parameters()
+            if key.rpartition(".")[0] not in solved
+        }
+        self.weights.put(index, weights, rest, report)
+
+    def _smooth(self, block, group, modules, stacked, matrix, hessian, solved):
+        """Fold AWQ's factors into the layer before; returns weight and Hessian as they are after it, and alpha."""
+        config = self.config
+        before = BEFORE.get(group[0])
+        try:
+            previous = block.get_submodule(before) if before else None
+        except AttributeError:
+            previous = None
+        foldable = isinstance(previous, nn.Linear) or type(previous).__name__.endswith("RMSNorm")
+        if not foldable or previous.weight.shape[0] != stacked.shape[1]:
+            return stacked, matrix, None
+        factors, alpha = search_factors(
+            stacked,
+            matrix,
+            hessian.magnitude / max(hessian.rows, 1e-9),
+            bits=config.bits,
+            group_size=config.group_size,
+            symmetric=config.sym,
+        )
+        if alpha == 0:
+            return stacked, matrix, 0.0
+        if isinstance(previous, nn.Linear):
+            # Quantized already: its outputs shrink by their scales, its codes stay.
+            weight = solved[before]
+            weight.scales = (weight.scales.float() / factors[:, None]).to(weight.scales.dtype)
+            previous.weight.copy_(weight.dequantize())
+            if previous.bias is not None:
+                previous.bias.div_(factors)
+        else:
+            old = previous.weight.to(torch.float32, copy=True)
+            previous.weight.copy_(old / factors)
+            # What the norm's dtype could hold of the factors is what the weight must undo.
+            held = previous.weight.float()
+            factors = torch.where(held != 0, old / held, torch.ones_like(factors))
+        stacked = stacked * factors
+        for module, part in zip(modules, stacked.split([module.out_features for module in modules]), strict=True):
+            module.weight.copy_(part)
+        return stacked, matrix / (factors[:, None] * factors), alpha
+
+    def _put_back(self, block: nn.Module, name: str, index: int) -> None:
+        """A block that an earlier run solved."""
+        for full, weight in self.weights.block(index).items():
+            block.get_submodule(full[len(name) + 1 :]).weight.copy_(weight.dequantize())
+        for full, tensor in self.weights.rest(index).items():
+            block.get_parameter(full[len(name) + 1 :]).copy_(tensor)
+
+    # ------------------------------------------------------------------------------------------------- at the door
+
+    def _with_prefix(self, rows: list[torch.Tensor]) -> list[torch.Tensor]:
+        prefix = self.config.prefix_ids
+        if not prefix:
+            return rows
+        head = torch.tensor(prefix)
+        return [row if torch.equal(row[: len(head)], head) else torch.cat([head, row]) for row in rows]
+
+    def _check_widths(self, blocks: Blocks) -> None:
+        config, unit = self.config, pack_unit(self.config.bits)
+        linears = {name: module for name, module in blocks.layers[0].named_modules() if isinstance(module, nn.Linear)}
+        wanted = config.modules_in_block_to_quantize
+        if wanted is not None:
+            unknown = [name for group in wanted for name in group if name not in linears]
+            if unknown:
+                raise ValueError(f"the blocks have no linear layer {unknown[0]!r}; they have {', '.join(linears)}")
+            linears = {name: linears[name] for group in wanted for name in group}
+        if not linears:
+            raise ValueError("the blocks have no nn.Linear; is this model quantized already?")
+        for name, module in linears.items():
+            size = module.in_features if config.group_size == -1 else config.group_size
+            if module.in_features % size:
+                raise ValueError(
+                    f"{name} has {module.in_features} inputs, which group_size={size} does not divide; use one that "
+                    "does, or -1"
+                )
+            if module.in_features % unit or module.out_features % unit:
+                raise ValueError(
+                    f"{name} has {module.in_features} inputs and {module.out_features} outputs; {config.bits}-bit "
+                    f"files need multiples of {unit}. Leave it out with modules_in_block_to_quantize"
+                )
+
+    def _module(self, block: nn.Module, name: str, member: str) -> nn.Linear:
+        try:
+            module = block.get_submodule(member)
+        except AttributeError:
+            module = None
+        if not isinstance(module, nn.Linear):
+            raise ValueError(f"{name} has no linear layer {member!r}; leave it out of modules_in_block_to_quantize")
+        return module
+
+    def _tokenizer(self) -> Any:
+        given = self.config.tokenizer
+        if given is not None:
+            return AutoTokenizer.from_pretrained(given) if isinstance(given, str | Path) else given
+        if self.source is None:
+            return None
+        try:
+            return AutoTokenizer.from_pretrained(self.source)
+        except (OSError, ValueError):
+            return None  # a checkpoint without one; texts for calibration then say what is missing
+
+    def _name(self, model: PreTrainedModel) -> str:
+        return self.source or getattr(model.config, "_name_or_path", "") or type(model).__name__
+
+
+class _PrefixStream:
+    """The constant prefix on its way through the blocks in full precision."""
+
+    def __init__(self, blocks: Blocks, prefix_ids: list[int]):
+        ids = torch.tensor([prefix_ids])
+        self.hidden, self.kwargs = blocks.first_inputs({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        self.past = DynamicCache()
+
+    def into(self, hidden: list[torch.Tensor]) -> None:
+        """Rows see the prefix as full precision has it, as they will from the stored keys and values."""
+        for part in hidden:
+            part[:, : self.hidden.shape[1]] = self.hidden
+
+    def step(self, block: nn.Module, index: int) -> None:
+        further = {**self.kwargs[index], "past_key_values": self.past, "use_cache": True}
+        self.hidden = run(block, self.hidden, further)
+
+    def cache(self, token_ids: list[int]) -> PrefixCache:
+        return PrefixCache(
+            list(token_ids),
+            [layer.keys.cpu() for layer in self.past.layers],
+            [layer.values.cpu() for layer in self.past.layers],
+        )
+
+
+def refuse_quantized(model: PreTrainedModel) -> None:
+    """Raise ValueError for a model that is quantized already, by us or others."""
+    found = getattr(model.config, "quantization_config", None)
+    if found is None and not getattr(model, "is_quantized", False):
+        return
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    raise ValueError(
+        f"this model is quantized already (quant_method {getattr(method, 'value', method)!r}); quantize the "
+        "checkpoint that it was made from"
+    )
+
+
+def refuse_filled(folder: Path) -> None:
+    """Raise ValueError where a checkpoint would be written over something."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already and not empty; name a new folder, or remove it first")
+
+
+def _rows(weight: QuantizedWeight, part: slice) -> QuantizedWeight:
+    return replace(weight, codes=weight.codes[part], scales=weight.scales[part], zeros=weight.zeros[part])
+
+
+def _spread(hidden: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The rows between blocks, those beyond `IN_MEMORY` bytes in a temporary file."""
+    import tempfile
+
+    kept, spread = 0, []
+    for part in hidden:
+        kept += part.nbytes
+        if kept <= IN_MEMORY or part.device.type != "cpu":
+            spread.append(part.clone())
+            continue
+        with tempfile.NamedTemporaryFile(prefix="p_gptq-") as file:
+            mapped = torch.from_file(file.name, shared=True, size=part.numel(), dtype=part.dtype).view(part.shape)
+        spread.append(mapped.copy_(part))
+    return spread
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _weights_digest(blocks: Blocks) -> str:
+    """Tells one set of weights from another without reading all: the embeddings' first rows."""
+    rows = blocks.model.get_input_embeddings().weight[:64].detach().float().cpu().contiguous()
+    return hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]

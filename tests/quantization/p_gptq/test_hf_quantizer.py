@@ -1,0 +1,60 @@
+"""`from_pretrained(..., quantization_config=PGPTQConfig(...))`, and what `save_pretrained` leaves for every reader."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, GPTQConfig
+from transformers.quantizers.auto import AutoQuantizationConfig
+
+from small_models import OPTIONS, ROWS, logits, make
+from transformers_minicpm4.quantization.export.gptq import load_gptq
+from transformers_minicpm4.quantization.p_gptq.configuration import PGPTQConfig
+from transformers_minicpm4.quantization.p_gptq.quantizer import PGPTQQuantizer
+
+
+@pytest.fixture
+def source(tmp_path):
+    make("qwen").save_pretrained(tmp_path / "source")
+    return tmp_path / "source"
+
+
+def test_is_the_quantizer_and_saves_as_gptq(source, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=PGPTQConfig(**OPTIONS))
+    by_hand = make("qwen")
+    PGPTQQuantizer(**OPTIONS).quantize_model(by_hand)
+    assert torch.equal(logits(model), logits(by_hand))
+
+    model.save_pretrained(tmp_path / "int4")
+    saved = json.loads((tmp_path / "int4" / "config.json").read_text())["quantization_config"]
+    assert saved["quant_method"] == "gptq"
+    assert saved["meta"]["method"] == "GPTQ"  # no prefix is stored, so nothing is left out
+    # Transformers takes it for what it is.
+    assert isinstance(AutoQuantizationConfig.from_dict(saved), GPTQConfig)
+    assert torch.equal(logits(load_gptq(tmp_path / "int4", torch.float32)), logits(model))
+
+
+def test_adapters_train_on_it(source):
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=PGPTQConfig(**OPTIONS))
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    batch = torch.stack(ROWS[:4])
+    model(batch, labels=batch).loss.backward()
+    gradients = [parameter.grad for name, parameter in model.named_parameters() if "lora_" in name]
+    assert gradients
+    assert all(float(gradient.norm()) > 0 for gradient in gradients)
+
+
+def test_dequantize_gives_an_ordinary_model(source, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=PGPTQConfig(**OPTIONS))
+    before = logits(model)
+    model = model.dequantize()
+    model.save_pretrained(tmp_path / "dense")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")), before)
+
+
+def test_missing_data_is_named(source):
+    with pytest.raises(ValueError, match="PGPTQConfig has no calibration data"):
+        AutoModelForCausalLM.from_pretrained(source, quantization_config=PGPTQConfig())
+    with pytest.raises(ValueError, match="the calibration text has 0 tokens and one row needs 2048"):
+        AutoModelForCausalLM.from_pretrained(source, quantization_config=PGPTQConfig(dataset=["text"], group_size=32))

@@ -1,0 +1,286 @@
+"""The whole way of a model: in memory and from files, killed and resumed, saved and read back."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from small_models import OPTIONS, ROWS, SIZES, logits, make
+from transformers_minicpm4.model.prefix_cache import PrefixCache
+from transformers_minicpm4.quantization.export.gptq import load_gptq, read_gptq
+from transformers_minicpm4.quantization.p_gptq.calibration import CalibrationError
+from transformers_minicpm4.quantization.p_gptq.configuration import PGPTQConfig
+from transformers_minicpm4.quantization.p_gptq.quantizer import PGPTQQuantizer
+from transformers_minicpm4.quantization.p_gptq.solver import CannotFactor
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen", "minicpm4"])
+def test_from_files_is_as_in_memory_and_what_is_saved_is_what_ran(kind, tmp_path):
+    model = make(kind)
+    model.save_pretrained(tmp_path / "source")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "source").iterdir()}
+    PGPTQQuantizer.from_pretrained(tmp_path / "source", **OPTIONS).quantize(tmp_path / "int4")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "source").iterdir()} == before
+    assert not (tmp_path / "int4.unfinished").exists()
+
+    PGPTQQuantizer(**OPTIONS).quantize_model(model)
+    read = load_gptq(tmp_path / "int4", torch.float32)
+    assert torch.equal(logits(read), logits(model))
+    weights = read_gptq(tmp_path / "int4")
+    assert len(weights) == 7 * SIZES["num_hidden_layers"]
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} - {"lm_head"}
+    assert set(weights) == linears
+
+
+def test_layers_that_read_one_input_are_solved_together_in_their_order():
+    quantizer = PGPTQQuantizer(**OPTIONS)
+    quantizer.quantize_model(make())
+    first = [row["layer"].rpartition(".")[2] for row in quantizer.report if row["block"] == 0]
+    assert first == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert all(row["rows"] == 12 * 24 for row in quantizer.report)
+    assert sum(row["error"] for row in quantizer.report) < 0.7 * sum(row["rounding_error"] for row in quantizer.report)
+
+
+def test_padding_never_counts():
+    """Rows of unlike lengths, padded to run together, give what they give one by one."""
+    rows = [row[: 24 - 2 * index] for index, row in enumerate(ROWS[:6])]
+    weights = []
+    for batch_size in (1, 3):
+        quantizer = PGPTQQuantizer(**{**OPTIONS, "dataset": rows, "batch_size": batch_size})
+        quantizer.quantize_model(make())
+        weights.append([quantizer.weights[name].codes for name in quantizer.weights])
+    different = sum(int((one != two).sum()) for one, two in zip(*weights, strict=True))
+    # Other orders of float32 sums: 0.3 % of the codes, each from a value between two; counting the padding changes 20 %.
+    assert different < 0.01 * sum(codes.numel() for codes in weights[0])
+
+
+def test_skipping_nothing_is_gptq_and_skipping_is_not():
+    def codes(**options):
+        quantizer = PGPTQQuantizer(**{**OPTIONS, **options})
+        quantizer.quantize_model(make())
+        return torch.cat([quantizer.weights[name].codes.flatten() for name in quantizer.weights])
+
+    plain = codes()
+    assert torch.equal(plain, codes(skip_first=0, prefix_weight=0.0))
+    assert torch.equal(plain, codes(skip_first=4, prefix_weight=1.0))
+    assert not torch.equal(plain, codes(skip_first=4, prefix_weight=0.0))
+
+
+SCRIPT = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(1)
+from small_models import OPTIONS
+from transformers_minicpm4.quantization.p_gptq import quantizer as module
+solve, count = module.PGPTQQuantizer._solve_block, 0
+def slow(self, *args):
+    global count
+    count += 1
+    if count == 3:
+        print("third", flush=True)
+        import time; time.sleep(60)
+    solve(self, *args)
+module.PGPTQQuantizer._solve_block = slow
+module.PGPTQQuantizer.from_pretrained(sys.argv[1], **OPTIONS).quantize(sys.argv[2])
+"""
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(tmp_path, monkeypatch):
+    model = make("qwen")
+    model.save_pretrained(tmp_path / "source")
+    PGPTQQuantizer.from_pretrained(tmp_path / "source", **OPTIONS).quantize(tmp_path / "whole")
+    command = [
+        sys.executable,
+        "-c",
+        SCRIPT.format(tests=str(Path(__file__).parents[2])),
+        tmp_path / "source",
+        tmp_path / "int4",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().strip() == "third"
+        process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "int4").exists()
+    assert len(list((tmp_path / "int4.unfinished").glob("block-*"))) == 2
+
+    with pytest.raises(ValueError, match="another unfinished run .it differs in config"):
+        PGPTQQuantizer.from_pretrained(tmp_path / "source", **OPTIONS, bits=8).quantize(tmp_path / "int4")
+    solved = []
+    solve = PGPTQQuantizer._solve_block
+    monkeypatch.setattr(
+        PGPTQQuantizer, "_solve_block", lambda self, *args: (solved.append(args[2]), solve(self, *args))
+    )
+    PGPTQQuantizer.from_pretrained(tmp_path / "source", **OPTIONS).quantize(tmp_path / "int4")
+    assert solved == [2]
+    for name in ("model.safetensors", "config.json", "quantize_config.json"):
+        assert (tmp_path / "int4" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_what_the_folder_holds(tmp_path):
+    model = make()
+    quantizer = PGPTQQuantizer(**OPTIONS, prefix_ids=[5])
+    quantizer.quantize_model(model)
+    quantizer.save(model, tmp_path / "int4")
+    config = json.loads((tmp_path / "int4" / "config.json").read_text())["quantization_config"]
+    assert config == json.loads((tmp_path / "int4" / "quantize_config.json").read_text())
+    wanted = {"bits": 4, "quant_method": "gptq", "checkpoint_format": "gptq", "desc_act": False, "sym": True}
+    assert wanted.items() <= {**config, "static_groups": True, "lm_head": False}.items()
+    assert config["meta"]["skip_first"] == 1
+    assert config["meta"]["method"] == "P-GPTQ"
+    assert config["meta"]["prefix_ids"] == [5]
+    assert "dataset" not in json.dumps(config)
+    report = json.loads((tmp_path / "int4" / "quantization_report.json").read_text())
+    assert len(report["layers"]) == 21
+    assert "| down_proj |" in (tmp_path / "int4" / "README.md").read_text()
+    assert (tmp_path / "int4" / "quantization_error.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(FileExistsError):
+        quantizer.save(model, tmp_path / "int4")
+
+
+def test_the_stored_prefix_is_the_models_own():
+    model = make()
+    expected = PrefixCache.from_model(model, [5, 6])
+    quantizer = PGPTQQuantizer(**OPTIONS, prefix_ids=[5, 6])
+    quantizer.quantize_model(model)
+    for got, want in zip(
+        quantizer.prefix.keys + quantizer.prefix.values, expected.keys + expected.values, strict=True
+    ):
+        assert torch.allclose(got, want, atol=1e-6)
+
+
+def test_smoothing_changes_no_output_but_by_rounding(monkeypatch):
+    """Scaled weights and what their factors were folded into err as 8-bit rounding does without them, about 2 %."""
+    from transformers_minicpm4.quantization.p_gptq import quantizer as module
+
+    monkeypatch.setattr(
+        module, "solve", lambda weight, *_, **__: (module.round_to_nearest(weight, bits=8, group_size=8), 0.0)
+    )
+    errors = []
+    for smoothing in (False, True):
+        model = make(num_key_value_heads=4)
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.input_layernorm.weight.mul_(torch.rand(64, generator=torch.Generator().manual_seed(1)) + 0.5)
+        before = logits(model)
+        quantizer = PGPTQQuantizer(**{**OPTIONS, "group_size": 8}, smoothing=smoothing)
+        quantizer.quantize_model(model)
+        errors.append(float((logits(model) - before).norm() / before.norm()))
+    # All of q/k/v, o, gate/up and down found a factor in some block.
+    assert {row["layer"].rpartition(".")[2] for row in quantizer.report if row["alpha"]} >= {
+        "q_proj",
+        "o_proj",
+        "up_proj",
+        "down_proj",
+    }
+    assert errors[0] < 0.05
+    assert errors[1] < 1.5 * errors[0]
+
+
+def test_a_grouping_by_hand_quantizes_that_alone(tmp_path):
+    model = make()
+    o_proj = model.model.layers[1].self_attn.o_proj.weight.clone()
+    quantizer = PGPTQQuantizer(**OPTIONS, modules_in_block_to_quantize=[["mlp.gate_proj", "mlp.up_proj"]])
+    quantizer.quantize_model(model)
+    assert len(quantizer.weights) == 6
+    assert torch.equal(model.model.layers[1].self_attn.o_proj.weight, o_proj)
+    quantizer.save(model, tmp_path / "part")
+    assert torch.equal(logits(load_gptq(tmp_path / "part", torch.float32)), logits(model))
+
+
+def test_a_disk_that_is_full_leaves_nothing_half_written(tmp_path, monkeypatch):
+    from transformers_minicpm4.quantization.export import gptq
+
+    model = make()
+    quantizer = PGPTQQuantizer(**OPTIONS)
+    quantizer.quantize_model(model)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gptq, "write_json", full)
+    with pytest.raises(OSError, match="No space left"):
+        quantizer.save(model, tmp_path / "int4")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"dataset": None}, CalibrationError, "no calibration data"),
+        ({"dataset": [torch.tensor([3, 4, 5])], "prefix_weight": 0.0}, CalibrationError, "no calibration position counts"),
+        ({"dataset": [torch.tensor([3, 500])]}, CalibrationError, "token 500 and the model knows 128"),
+        ({"group_size": 48}, ValueError, "64 inputs, which group_size=48 does not divide"),
+        ({"modules_in_block_to_quantize": [["mlp.fc"]]}, ValueError, "no linear layer 'mlp.fc'; they have self_attn"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(options, error, message):
+    model = make()
+    before = logits(model)
+    with pytest.raises(error, match=message):
+        PGPTQQuantizer(**{**OPTIONS, **options}).quantize_model(model)
+    assert torch.equal(logits(model), before)
+
+
+def test_activations_that_are_not_finite_name_their_layer():
+    model = make()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 3] = torch.nan
+    with pytest.raises(CannotFactor, match=r"model\.layers\.1\.mlp\.down_proj: .* not finite"):
+        PGPTQQuantizer(**OPTIONS).quantize_model(model)
+
+
+def test_quantizing_twice_and_foreign_models_are_refused(tmp_path):
+    model = make()
+    PGPTQQuantizer(**OPTIONS).quantize_model(model)
+    model.config.quantization_config = {"quant_method": "awq"}
+    with pytest.raises(ValueError, match="quantized already .quant_method 'awq'"):
+        PGPTQQuantizer(**OPTIONS).quantize_model(model)
+    with pytest.raises(ValueError, match="file_name"):
+        PGPTQQuantizer.from_pretrained(make(), "model.onnx", **OPTIONS)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").touch()
+    with pytest.raises(ValueError, match="not empty"):
+        PGPTQQuantizer.from_pretrained(make(), **OPTIONS).quantize(tmp_path / "there")
+    with pytest.raises(ValueError, match="nothing was quantized"):
+        PGPTQQuantizer(**OPTIONS).save(model, tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 5}, "bits=5 was given; it is 2, 3, 4 or 8"),
+        ({"prefix_weight": 1.5}, "prefix_weight=1.5"),
+        ({"desc_act": True, "act_group_aware": True}, "set one of them"),
+        ({"sym": False}, "gptq_v2"),
+        ({"prefix_ids": []}, "prefix_ids is empty"),
+        ({"group_size": 0}, "group_size=0"),
+    ],
+)
+def test_bad_settings_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        PGPTQConfig(**options)
+
+
+def test_the_presets_files_suit_the_marlin_converter():
+    config = PGPTQConfig.minicpm4(dataset=ROWS)
+    assert (config.bits, config.group_size, config.sym, config.desc_act) == (4, 128, True, False)
+    assert (config.method, config.skip_first) == ("P-GPTQ", 4)
+    assert PGPTQConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+    assert "dataset" not in config.to_dict()
+
+
+def test_time_is_not_lost_on_what_is_there(tmp_path):
+    """A finished work folder only runs the blocks forward: no layer is solved again."""
+    model = make()
+    PGPTQQuantizer(**OPTIONS).quantize_model(model, work_dir=tmp_path)
+    files = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    time.sleep(0.01)
+    again = make()
+    PGPTQQuantizer(**OPTIONS).quantize_model(again, work_dir=tmp_path)
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files
+    assert torch.equal(logits(again), logits(model))
