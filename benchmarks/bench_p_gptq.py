@@ -5,12 +5,12 @@ Perplexity of a real model after RTN, GPTQ, P-GPTQ and S-P-GPTQ, with and withou
     python benchmarks/bench_p_gptq.py --quick         # 16 rows, 8,192 tokens, 3 seeds: about an hour of CPU
     python benchmarks/bench_p_gptq.py --peer          # GPTQ of Optimum and gptqmodel beside ours, same rows
 
-The model is SmolLM2-135M-Instruct as `make assets` makes it: its linear layers come from a Q4_1 file, so that even "full
-precision" has been rounded once. All linear layers, groups of 64, symmetric. Calibration from the validation split of
-WikiText-2, perplexity from its test split in rows of 512, over positions after the first of a row. Every row begins
-with the model's `<|im_start|>`: computed by the quantized model ("computed"), or given as keys and values of the full
-precision ("stored"). A seed is a choice of calibration rows, the same for all methods, so that they are compared in
-pairs. Results go into the JSON file one by one; a run that was stopped goes on where it was.
+The model is SmolLM2-135M-Instruct as `make assets` makes it: its linear layers come from a Q4_1 file, so that even
+"full precision" has been rounded once. All linear layers, groups of 64, symmetric. Calibration from the validation
+split of WikiText-2, perplexity from its test split in rows of 512, over positions after the first of a row. Every row
+begins with the model's `<|im_start|>`: computed by the quantized model ("computed"), or given as keys and values of
+the full precision ("stored"). A seed is a choice of calibration rows, the same for all methods, so that they are
+compared in pairs. Results go into the JSON file one by one; a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ from optimum.gptq import GPTQQuantizer
 source, rows, bits, output = sys.argv[1], json.load(open(sys.argv[2])), int(sys.argv[3]), sys.argv[4]
 model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
 began = time.process_time()
-quantizer = GPTQQuantizer(bits=bits, dataset=[{"input_ids": torch.tensor([r]), "attention_mask": torch.ones(1, len(r), dtype=torch.long)} for r in rows],
+quantizer = GPTQQuantizer(bits=bits, dataset=[{"input_ids": torch.tensor([r]), "attention_mask": torch.ones(1, len(r),
+dtype=torch.long)} for r in rows],
     group_size=64, damp_percent=0.01, desc_act=False, act_group_aware=False, sym=True, batch_size=1, model_seqlen=512,
     modules_in_block_to_quantize=[["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"],
                                   ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]])
@@ -81,7 +82,9 @@ def as_llama(checkpoint: Path) -> Path:
     """The same weights under Llama's names, which the peer knows."""
     folder = ROOT / "build" / "bench_p_gptq" / "smollm2-llama"
     if not (folder / "config.json").is_file():
-        minicpm4_to_llama(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)).save_pretrained(folder)
+        minicpm4_to_llama(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)).save_pretrained(
+            folder
+        )
         AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
     return folder
 
@@ -226,7 +229,12 @@ def table(runs: list[dict]) -> None:
     for bits, method in dict.fromkeys((run["bits"], run["method"]) for run in runs):
         mine = [run for run in runs if (run["bits"], run["method"]) == (bits, method)]
         cells = []
-        for key, form in (("computed", "{:.2f}"), ("stored", "{:.2f}"), ("down_proj_error", "{:.2e}"), ("seconds", "{:.0f}")):
+        for key, form in (
+            ("computed", "{:.2f}"),
+            ("stored", "{:.2f}"),
+            ("down_proj_error", "{:.2e}"),
+            ("seconds", "{:.0f}"),
+        ):
             values = [run[key] for run in mine if key in run]
             cell = form.format(statistics.mean(values)) if values else ""
             if len(values) > 1 and key in ("computed", "stored"):

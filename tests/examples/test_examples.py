@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import json
+import math
 import re
 import runpy
 import subprocess
@@ -38,6 +39,19 @@ def test_long_document(real_checkpoint, monkeypatch, capsys):
     assert int(total) > 36
     # The chapter says: "... are used to create anonymous functions".
     assert out.count("anonymous functions") == 2, out
+
+
+def test_p_gptq(real_checkpoint, tmp_path, monkeypatch, capsys):
+    arguments = ["--model", str(real_checkpoint), "--output", str(tmp_path / "int4")]
+    monkeypatch.setattr(sys, "argv", ["p_gptq.py", *arguments, "--num_samples", "4"])
+    runpy.run_path(str(EXAMPLES / "p_gptq.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    full, rounded, computed, stored = map(float, re.findall(r"perplexity ([\d.]+)", out))
+    # Most of what rounding loses comes back where the stored prefix is used, and only there.
+    assert math.log(stored / full) < 0.5 * math.log(rounded / full)
+    assert computed > rounded
+    assert "The capital of France is Paris" in out
+    assert sorted(path.name for path in (tmp_path / "int4" / "prefix_cache").iterdir()) == ["keys_values.safetensors"]
 
 
 def test_kernel(tmp_path, monkeypatch, capsys):

@@ -46,7 +46,7 @@ def test_round_trip_and_damage(tiny_model, tmp_path):
     read = PrefixCache.load(tmp_path)
     assert read.token_ids == PREFIX
     assert all(map(torch.equal, read.keys + read.values, prefix.keys + prefix.values))
-    assert [path for path in tmp_path.rglob('*') if path.is_file()] == [tmp_path / FILE_NAME]
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / FILE_NAME]
     whole = (tmp_path / FILE_NAME).read_bytes()
     for damaged in (whole[:-9], b"", whole[:40]):
         (tmp_path / FILE_NAME).write_bytes(damaged)

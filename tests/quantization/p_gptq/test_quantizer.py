@@ -56,7 +56,8 @@ def test_padding_never_counts():
         quantizer.quantize_model(make())
         weights.append([quantizer.weights[name].codes for name in quantizer.weights])
     different = sum(int((one != two).sum()) for one, two in zip(*weights, strict=True))
-    # Other orders of float32 sums: 0.3 % of the codes, each from a value between two; counting the padding changes 20 %.
+    # Other orders of float32 sums: 0.3 % of the codes, each from a value between two; counting the padding changes 20
+    # %.
     assert different < 0.01 * sum(codes.numel() for codes in weights[0])
 
 
@@ -212,7 +213,11 @@ def test_a_disk_that_is_full_leaves_nothing_half_written(tmp_path, monkeypatch):
     ("options", "error", "message"),
     [
         ({"dataset": None}, CalibrationError, "no calibration data"),
-        ({"dataset": [torch.tensor([3, 4, 5])], "prefix_weight": 0.0}, CalibrationError, "no calibration position counts"),
+        (
+            {"dataset": [torch.tensor([3, 4])], "prefix_weight": 0.0},
+            CalibrationError,
+            "no calibration position counts",
+        ),
         ({"dataset": [torch.tensor([3, 500])]}, CalibrationError, "token 500 and the model knows 128"),
         ({"group_size": 48}, ValueError, "64 inputs, which group_size=48 does not divide"),
         ({"modules_in_block_to_quantize": [["mlp.fc"]]}, ValueError, "no linear layer 'mlp.fc'; they have self_attn"),

@@ -2,37 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..export.gptq import save_gptq
-from ..export.ternary_gptq import ternary_weight
-from ..quantized_weight import QuantizedWeight
-from .packed_linear import TernaryLinear
-from .ternary_packing import unpack_ternary
-
-
-class TernaryWeights(Mapping):
-    """A packed model's layers by name as `QuantizedWeight`s; each access unpacks one layer."""
-
-    def __init__(self, model: PreTrainedModel):
-        self.layers = {name: module for name, module in model.named_modules() if isinstance(module, TernaryLinear)}
-        if not self.layers:
-            raise ValueError(f"this {type(model).__name__} has no packed ternary layer; load a packed checkpoint")
-
-    def __getitem__(self, name: str) -> QuantizedWeight:
-        layer = self.layers[name]
-        codes = unpack_ternary(layer.weight.detach(), layer.in_features)
-        return ternary_weight(codes, layer.weight_scale.detach(), layer.group_size, layer.bias)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        return len(self.layers)
+from .quantizer import PackedWeights
 
 
 def export_ternary(
@@ -62,7 +38,9 @@ def export_ternary(
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(model_or_path)
         except (OSError, ValueError):
             tokenizer = None  # the writers say where they need one
-    weights = TernaryWeights(model)
+    weights = PackedWeights(model)
+    if not weights:
+        raise ValueError(f"this {type(model).__name__} has no packed ternary layer; load a packed checkpoint")
     if to == "gptq":
         save_gptq(path, model, weights, tokenizer=tokenizer, meta={"method": "BitCPM4 ternary"}, **options)
     elif to == "gguf":

@@ -82,16 +82,18 @@ def _lora_classes() -> tuple[type, type]:
         def lora_variants(self):
             return {(): None}
 
+        def delta(self) -> torch.Tensor | None:
+            """`[O, I]`, the sum of the active adapters; `None` if there is none that is not merged."""
+            active = [name for name in self.active_adapters if name in self.lora_A]
+            if self.merged or self.disable_adapters or not active:
+                return None
+            return sum(self.get_delta_weight(name) for name in active)
+
     class TernaryLoraLinear(_Ternary):
         """LoRA beside a `TernaryLinear`."""
 
         def merge(self, safe_merge=False, adapter_names=None):
             raise ValueError(MERGE_REFUSED)
-
-        def delta(self) -> torch.Tensor:
-            """float32 `[O, I]`, the sum of the active adapters."""
-            active = [name for name in self.active_adapters if name in self.lora_A]
-            return sum(self.get_delta_weight(name).float() for name in active)
 
     class TernaryQATLoraLinear(_Ternary):
         """LoRA within the rounding of a `TernaryQATLinear`."""
@@ -115,11 +117,7 @@ def _lora_classes() -> tuple[type, type]:
                 if self.merged:
                     self.unmerge()
                 return self.base_layer(x, *args, **kwargs)
-            active = [name for name in self.active_adapters if name in self.lora_A]
-            if self.merged or not active:
-                return self.base_layer(x, *args, **kwargs)
-            delta = sum(self.get_delta_weight(name) for name in active)
-            return F.linear(x, self.base_layer.effective_weight(delta), self.base_layer.bias)
+            return F.linear(x, self.base_layer.effective_weight(self.delta()), self.base_layer.bias)
 
     return TernaryLoraLinear, TernaryQATLoraLinear
 
@@ -164,17 +162,21 @@ def merge_and_requantize(model: PeftModel) -> tuple[PreTrainedModel, dict[str, f
         ValueError: no adapter on a packed layer, or an adapter with NaN; the model is as it was.
     """
     packed_class, _ = _lora_classes()
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, packed_class)}
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, packed_class) and module.delta() is not None
+    }
     if not layers:
         raise ValueError(
-            "there is no LoRA adapter on a packed ternary layer here. Merge others with merge_and_unload()."
+            "there is no active LoRA adapter on a packed ternary layer here. Merge others with merge_and_unload()."
         )
     for name, module in layers.items():
         if not bool(torch.isfinite(module.delta()).all()):
             raise ValueError(f"the adapter of {name} has NaN or infinite values; nothing was merged.")
     errors = {}
     for name, module in layers.items():
-        base, delta = module.base_layer, module.delta()
+        base, delta = module.base_layer, module.delta().float()
         wanted = base.dequantize() + delta
         codes, scales = _refit(wanted, base)
         merged = dequantize(codes, scales, base.group_size)

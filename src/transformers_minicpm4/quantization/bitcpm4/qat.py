@@ -75,12 +75,15 @@ class TernaryQATLinear(nn.Linear):
 
     def effective_weight(self, delta: torch.Tensor | None = None) -> torch.Tensor:
         """`[O, I]`: what the layer multiplies by, with `delta` `[O, I]` added to the latents if given."""
-        weight = self.weight if delta is None else self.weight + delta.to(self.weight.dtype)
+        weight = self._latents(delta)
         return fake_quantize(weight, self.group_size, self.scale_dtype) if self.quantize else weight
 
-    def codes_and_scales(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """int8 `[O, I]` and `scale_dtype` `[O, I / group_size]` that stand for the latents."""
-        return ternary_codes_and_scales(self.weight, self.group_size, self.scale_dtype)
+    def codes_and_scales(self, delta: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """int8 `[O, I]` and `scale_dtype` `[O, I / group_size]` that stand for the latents, `delta` `[O, I]` added."""
+        return ternary_codes_and_scales(self._latents(delta), self.group_size, self.scale_dtype)
+
+    def _latents(self, delta: torch.Tensor | None) -> torch.Tensor:
+        return self.weight if delta is None else self.weight + delta.to(self.weight.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, group_size={self.group_size}"
@@ -322,8 +325,8 @@ class DistillationCallback(TrainerCallback):
     over the tokens that have labels. Works with every trainer that takes the loss from the model's output.
 
     Args:
-        teacher: a causal LM with the student's vocabulary, as a rule the checkpoint that QAT started from. Runs
-            without gradients on the student's device.
+        teacher: a causal LM with the student's vocabulary, as a rule the checkpoint that QAT started from. It is
+            frozen, and moved to the student's device.
         start_share: share of the optimizer steps, the first ones, that are pure QAT. Not 0: distilling from the start
             was worse than pure QAT (BitCPM-CANN).
         weight: of the KL term, above 0 and at most 1.
@@ -354,6 +357,7 @@ class DistillationCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.teacher.to(model.device)
+        self.on_train_end(args, state, control)  # an earlier training may have been interrupted
         self._hook = model.register_forward_hook(self._add_teacher, with_kwargs=True)
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -436,16 +440,15 @@ class TernaryMonitorCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         _require_latents(model, type(self).__name__)
-        for name, layer in qat_layers(model):
-            self._codes[name], self._first_scales[name] = _codes_and_scales(layer)
+        for name, codes, scales in _codes_and_scales(model):
+            self._codes[name], self._first_scales[name] = codes, scales
 
     def on_log(self, args, state, control, model=None, logs=None, **kwargs):
         if not self._codes or "loss" not in (logs or {}):  # evaluations and the end of training log too
             return
         flips = zeros = weights = groups = 0
         drift = 0.0
-        for name, layer in qat_layers(model):
-            codes, scales = _codes_and_scales(layer)
+        for name, codes, scales in _codes_and_scales(model):
             flips += int((codes != self._codes[name]).sum())
             zeros += int((codes == 0).sum())
             weights += codes.numel()
@@ -466,9 +469,17 @@ class TernaryMonitorCallback(TrainerCallback):
         self._codes, self._first_scales = {}, {}
 
 
-@torch.no_grad()
-def _codes_and_scales(layer: TernaryQATLinear) -> tuple[torch.Tensor, torch.Tensor]:
-    return layer.codes_and_scales()
+def _codes_and_scales(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """(name, codes, scales) of every ternary layer in training, with what LoRA adapters add to the latents."""
+    adapters = {
+        id(module.base_layer): module
+        for module in model.modules()
+        if isinstance(getattr(module, "base_layer", None), TernaryQATLinear)
+    }
+    for name, layer in qat_layers(model):
+        with torch.no_grad():
+            adapter = adapters.get(id(layer))
+            yield name, *layer.codes_and_scales(None if adapter is None else adapter.delta())
 
 
 def _require_latents(model: nn.Module, who: str) -> None:

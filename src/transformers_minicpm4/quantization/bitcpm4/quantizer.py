@@ -88,6 +88,7 @@ class BitCPM4Quantizer(OptimumQuantizer):
         tokenizer: Any = None,
         max_shard_size: int | str = "5GB",
         base_model: str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Path:
         """
         Write the packed checkpoint. The folder appears when all of it is written, and not at all after an error.
@@ -98,6 +99,8 @@ class BitCPM4Quantizer(OptimumQuantizer):
             tokenizer: whose files to add; by default the one beside a path's weights, if there is one.
             max_shard_size: of the safetensors files, bytes or a text such as "5GB".
             base_model: Hub id for the card.
+            dtype: of everything that is not ternary, embeddings above all; `None` leaves it. Latents are trained in
+                float32 as a rule, and bfloat16 halves the rest.
 
         Returns:
             `save_dir`.
@@ -120,6 +123,8 @@ class BitCPM4Quantizer(OptimumQuantizer):
             else:
                 _warn_rounding()
                 model = AutoModelForCausalLM.from_pretrained(source, quantization_config=self.config)
+        if dtype is not None:
+            _cast_rest(model, dtype)
         return save_packed(model, save_dir, tokenizer, max_shard_size, base_model)
 
 
@@ -324,6 +329,16 @@ def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
     """The same model in new modules that hold the very same tensors: replacing modules leaves `model` as it is."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, tensors)
+
+
+def _cast_rest(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """New parameters in the place of the floating-point ones, which another model may hold too; ties stay."""
+    new: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter.is_floating_point():
+                cast = new.setdefault(id(parameter), nn.Parameter(parameter.detach().to(dtype)))
+                setattr(module, name, cast)
 
 
 def round_layer(

@@ -25,7 +25,7 @@ from .ternary_packing import check_shape, row_blocks, unpack_rows
 
 
 # Above these many rows, unpacking once for all of them costs less than reading codes for each (measured).
-DIRECT_ROWS = 16
+DIRECT_ROWS = 32
 # Weights unpacked at a time. The C++ code writes them as float32: 4 MB, which stay in cache until they are used.
 BLOCK_WEIGHTS = 1 << 20
 
