@@ -6,9 +6,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from transformers.utils.logging import warning_once
 
-from transformers_minicpm4 import InfLLMv2Config, MiniCPM4ForCausalLM
+from transformers_minicpm4 import InfLLMv2Config, MiniCPM4ForCausalLM, PGPTQQuantizer
 from transformers_minicpm4.cli.errors import UserError
 from transformers_minicpm4.cli.generate import extend, load_minicpm4_config, room_for_answer
+from transformers_minicpm4.model.prefix_cache import PrefixCache
+from transformers_minicpm4.quantization.export.gptq import load_gptq
 
 
 LONG = "three rivers and two lakes; the user asks and the assistant answers. " * 12
@@ -58,6 +60,24 @@ def test_a_chat_prompt_is_a_user_turn_behind_the_start_token(generate, checkpoin
 def test_a_released_form_answers_as_ours(generate, make_checkpoint, as_released, checkpoint, form):
     ours = generate(checkpoint, "--prompt", "three").out
     assert generate(as_released(make_checkpoint(), form), "--prompt", "three").out == ours
+
+
+def test_an_int4_checkpoint_answers_with_its_stored_prefix(generate, checkpoint, tmp_path):
+    """Without gptqmodel, through the dense reader; the answer is the one that the prefix's keys and values give."""
+    rows = [torch.randint(5, 200, (24,)) for _ in range(8)]
+    options = {"dataset": rows, "num_samples": 8, "group_size": 32, "prefix_ids": [1]}
+    folder = PGPTQQuantizer.from_pretrained(checkpoint, **options).quantize(tmp_path / "int4")
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), load_gptq(folder)
+    prefix = PrefixCache.load(folder)
+    inputs = tokenizer("three rivers", return_tensors="pt")
+    output = model.generate(
+        **inputs, past_key_values=prefix.to_cache(model), do_sample=False, max_new_tokens=8,
+        eos_token_id=[2, tokenizer.eos_token_id], pad_token_id=2,
+    )  # fmt: skip
+    expected = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    result = generate(folder, "--raw", "--prompt", "three rivers")
+    assert result.out == expected + "\n"
+    assert "unpacked into dense ones" in result.err
 
 
 def test_every_source_of_the_prompt_gives_the_same(generate, checkpoint, tmp_path):

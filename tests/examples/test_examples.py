@@ -54,6 +54,17 @@ def test_p_gptq(real_checkpoint, tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in (tmp_path / "int4" / "prefix_cache").iterdir()) == ["keys_values.safetensors"]
 
 
+def test_bitcpm4(real_checkpoint, tmp_path, monkeypatch, capsys):
+    arguments = ["--model", str(real_checkpoint), "--output_dir", str(tmp_path), "--steps", "4", "--eval_blocks", "4"]
+    monkeypatch.setattr(sys, "argv", ["bitcpm4.py", *arguments])
+    runpy.run_path(str(EXAMPLES / "bitcpm4.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    full, rounded, trained, packed = map(float, re.findall(r"([\d.]+) nats a token", out))
+    assert full < trained < rounded
+    assert abs(packed - trained) < 0.02 * trained
+    assert "0.141 of bfloat16" in out
+
+
 def test_kernel(tmp_path, monkeypatch, capsys):
     folder = EXAMPLES.parent / "hub_kernels" / "infllm_v2"
     command = [sys.executable, folder / "scripts" / "build.py", "--target", tmp_path / "build"]

@@ -39,6 +39,19 @@ def test_generates_what_the_whole_prompt_generates(tiny_model, sparse_config, sp
     assert torch.equal(again, ids)
 
 
+def test_a_prompts_own_prefix_is_not_doubled_behind_padding(tiny_model):
+    model = tiny_model()
+    prefix = PrefixCache.from_model(model, PREFIX)
+    prompts = torch.tensor([[0, 0, 3, 9, 17, 18], [3, 9, 14, 15, 16, 17]])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    expected = model.generate(prompts, attention_mask=mask, max_new_tokens=6, do_sample=False)[:, -6:]
+    ids, mask = prefix.prepend(prompts, mask)
+    got = model.generate(
+        ids, attention_mask=mask, past_key_values=prefix.to_cache(model, 2), max_new_tokens=6, do_sample=False
+    )[:, -6:]
+    assert torch.equal(got, expected)
+
+
 def test_round_trip_and_damage(tiny_model, tmp_path):
     prefix = PrefixCache.from_model(tiny_model(), PREFIX)
     assert PrefixCache.load(tmp_path) is None

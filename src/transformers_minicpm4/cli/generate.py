@@ -97,8 +97,8 @@ def run(args) -> None:
     tokenizer = load_tokenizer(args.model)
     inputs = encode(tokenizer, prompt, args)
     max_new_tokens = room_for_answer(inputs["input_ids"].shape[1], args.max_new_tokens, config)
-    model = load_model(args, config, attn_implementation, device)
-    answer(model, tokenizer, inputs.to(device), max_new_tokens, args)
+    model = load_model(args, config, attn_implementation, device, folder)
+    answer(model, tokenizer, with_prefix(model, inputs.to(device), folder), max_new_tokens, args)
 
 
 def read_prompt(args) -> str:
@@ -225,11 +225,38 @@ def room_for_answer(num_prompt_tokens: int, max_new_tokens: int, config) -> int:
     return min(room, max_new_tokens)
 
 
-def load_model(args, config, attn_implementation: str | None, device):
+def with_prefix(model, inputs, folder: Path) -> dict:
+    """The inputs with the checkpoint's stored prefix in front, as a filled cache; as they are where it has none."""
+    from transformers_minicpm4.model.prefix_cache import PrefixCache
+
+    try:
+        prefix = PrefixCache.load(folder)
+        if prefix is None:
+            return dict(inputs)
+        ids, mask = prefix.prepend(inputs["input_ids"], inputs["attention_mask"])
+        return {"input_ids": ids, "attention_mask": mask, "past_key_values": prefix.to_cache(model)}
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
+
+
+def load_model(args, config, attn_implementation: str | None, device, folder: Path):
+    import importlib.util
+
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    quantization = getattr(config, "quantization_config", None) or {}
+    if quantization.get("quant_method") == "gptq" and importlib.util.find_spec("gptqmodel") is None:
+        from transformers_minicpm4.quantization.export.gptq import load_gptq
+
+        print("gptqmodel is not installed: the INT4 weights are unpacked into dense ones.", file=sys.stderr)
+        if attn_implementation is not None:
+            config._attn_implementation = attn_implementation
+        try:
+            return load_gptq(folder, None if args.dtype == "auto" else getattr(torch, args.dtype), config).to(device)
+        except (OSError, ValueError) as error:
+            raise UserError(f"The weights of {args.model!r} cannot be loaded: {one_line(error)}") from error
     dtype = "auto" if args.dtype == "auto" else getattr(torch, args.dtype)
     choice = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     # Its table of keys that do not match becomes one sentence below. (A higher level would make it say more.)

@@ -47,6 +47,7 @@ def quantize(args: argparse.Namespace) -> None:
         act_group_aware=args.act_group_aware,
         **given,
     )
+    refuse_missing(args.model)
     quantizer = PGPTQQuantizer.from_pretrained(args.model, config=config, device=args.device)
     folder = quantizer.quantize(args.output, resume=not args.fresh, max_shard_size=args.max_shard_size)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -58,6 +59,7 @@ def quantize(args: argparse.Namespace) -> None:
 
 
 def ternarize(args: argparse.Namespace) -> None:
+    refuse_missing(args.model)
     from transformers_minicpm4.quantization.bitcpm4.quantizer import (
         BitCPM4Quantizer,
         import_fake_quantized,
@@ -84,6 +86,7 @@ def ternarize(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
+    refuse_missing(args.model)
     from transformers import AutoConfig, AutoTokenizer
 
     found = getattr(AutoConfig.from_pretrained(args.model), "quantization_config", None) or {}
@@ -115,6 +118,14 @@ def export(args: argparse.Namespace) -> None:
             f"{args.to}; gguf takes plain, gptq and bitcpm4 checkpoints, marlin gptq ones, gptq bitcpm4 ones"
         )
     print(f"{args.output}: written")
+
+
+def refuse_missing(model: str) -> None:
+    """A path that does not exist is not the id of a Hub repository."""
+    if not Path(model).exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+        raise UserError(
+            f"there is no folder {model}; give a checkpoint's folder, or a Hub id such as openbmb/MiniCPM4-0.5B"
+        )
 
 
 def calibration_data(name: str, text_column: str):

@@ -96,7 +96,8 @@ class PrefixCache:
 
     def to_cache(self, model: PreTrainedModel, batch_size: int = 1) -> DynamicCache:
         """
-        A new cache of `model` that holds the prefix for `batch_size` rows; each call to `generate` needs its own.
+        A new cache of `model` that holds the prefix for `batch_size` rows; each call to `generate` needs its own, and
+        beams and `num_return_sequences` multiply the rows.
 
         Raises:
             ValueError: the model has other layers or heads than the one that the prefix was computed with.
@@ -123,7 +124,7 @@ class PrefixCache:
         """
         `input_ids` and `attention_mask` with the prefix in front, as `generate` wants them beside `to_cache`'s cache.
 
-        A prompt's own prefix tokens are not doubled: they are cut off where every row begins with them.
+        A prompt's own prefix tokens are not doubled: where rows begin with them, they become padding.
 
         Args:
             input_ids: `[B, S]`.
@@ -138,6 +139,12 @@ class PrefixCache:
         width = prefix.shape[1]
         if input_ids.shape[1] > width and bool((input_ids[:, :width] == prefix).all() and mask[:, :width].all()):
             return input_ids, mask
+        if input_ids.shape[1]:
+            # Each row's first real tokens, wherever its padding ends.
+            starts = mask.long().argmax(-1, keepdim=True) + torch.arange(width, device=mask.device)
+            places = starts.clamp(max=input_ids.shape[1] - 1)
+            own = (input_ids.gather(1, places) == prefix).all(-1) & (mask.sum(-1) > width)
+            mask = mask.scatter(1, places, mask.gather(1, places) * ~own[:, None])
         if input_ids.shape[1] == 0:
             raise ValueError("an empty prompt was given; a token must follow the prefix")
         return torch.cat([prefix, input_ids], dim=1), torch.cat([torch.ones_like(prefix).to(mask.dtype), mask], dim=1)

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, GPTQConfig
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from small_models import OPTIONS, ROWS, logits, make
+from transformers_minicpm4.model.prefix_cache import PrefixCache
 from transformers_minicpm4.quantization.export.gptq import load_gptq
 from transformers_minicpm4.quantization.p_gptq.configuration import PGPTQConfig
 from transformers_minicpm4.quantization.p_gptq.quantizer import PGPTQQuantizer
@@ -32,6 +33,19 @@ def test_is_the_quantizer_and_saves_as_gptq(source, tmp_path):
     assert saved["meta"]["method"] == "GPTQ"  # no prefix is stored, so nothing is left out
     # Transformers takes it for what it is.
     assert isinstance(AutoQuantizationConfig.from_dict(saved), GPTQConfig)
+    assert torch.equal(logits(load_gptq(tmp_path / "int4", torch.float32)), logits(model))
+
+
+def test_prefix_report_and_card_are_saved_too(source, tmp_path):
+    config = PGPTQConfig(**OPTIONS, prefix_ids=[1], modules_in_block_to_quantize=[["mlp.gate_proj", "mlp.up_proj"]])
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
+    model.save_pretrained(tmp_path / "int4")
+    assert PrefixCache.load(tmp_path / "int4").token_ids == [1]
+    names = {path.name for path in (tmp_path / "int4").iterdir()}
+    assert {"README.md", "quantize_config.json", "quantization_report.json"} <= names
+    saved = json.loads((tmp_path / "int4" / "config.json").read_text())["quantization_config"]
+    assert saved == json.loads((tmp_path / "int4" / "quantize_config.json").read_text())
+    assert "modules_in_block_to_quantize" in saved
     assert torch.equal(logits(load_gptq(tmp_path / "int4", torch.float32)), logits(model))
 
 

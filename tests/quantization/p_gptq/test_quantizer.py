@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import GemmaConfig, GemmaForCausalLM
 
 from small_models import OPTIONS, ROWS, SIZES, logits, make
 from transformers_minicpm4.model.prefix_cache import PrefixCache
@@ -219,6 +220,9 @@ def test_a_disk_that_is_full_leaves_nothing_half_written(tmp_path, monkeypatch):
             "no calibration position counts",
         ),
         ({"dataset": [torch.tensor([3, 500])]}, CalibrationError, "token 500 and the model knows 128"),
+        ({"dataset": [torch.tensor([3, -100])]}, CalibrationError, "token -100 and the model knows 128"),
+        ({"prefix_ids": [999]}, CalibrationError, "token 999 and the model knows 128"),
+        ({"dataset": [{"input_ids": torch.ones(2, 8, dtype=torch.long)}]}, CalibrationError, "a batch of shape"),
         ({"group_size": 48}, ValueError, "64 inputs, which group_size=48 does not divide"),
         ({"modules_in_block_to_quantize": [["mlp.fc"]]}, ValueError, "no linear layer 'mlp.fc'; they have self_attn"),
     ],
@@ -231,17 +235,34 @@ def test_bad_input_is_refused_before_any_work(options, error, message):
     assert torch.equal(logits(model), before)
 
 
-def test_activations_that_are_not_finite_name_their_layer():
+def test_what_is_not_finite_names_its_layer():
     model = make()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 3] = torch.nan
-    with pytest.raises(CannotFactor, match=r"model\.layers\.1\.mlp\.down_proj: .* not finite"):
+    with pytest.raises(CannotFactor, match=r"model\.layers\.1\.mlp\.gate_proj .* weights that are not finite"):
+        PGPTQQuantizer(**OPTIONS).quantize_model(model)
+    model = make()
+    with torch.no_grad():
+        model.model.layers[1].post_attention_layernorm.weight[3] = torch.inf
+    with pytest.raises(CannotFactor, match=r"model\.layers\.1\.mlp\.gate_proj: .* not finite"):
         PGPTQQuantizer(**OPTIONS).quantize_model(model)
 
 
-def test_quantizing_twice_and_foreign_models_are_refused(tmp_path):
+def test_a_model_is_quantized_once_and_saved_as_it_was_quantized(tmp_path):
     model = make()
-    PGPTQQuantizer(**OPTIONS).quantize_model(model)
+    quantizer = PGPTQQuantizer(**OPTIONS)
+    quantizer.quantize_model(model)
+    with pytest.raises(ValueError, match="was quantized by P-GPTQ"):
+        PGPTQQuantizer(**OPTIONS).quantize_model(model)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] += 0.5
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.up_proj was changed after it was quantized"):
+        quantizer.save(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_foreign_models_and_arguments_are_refused(tmp_path):
+    model = make()
     model.config.quantization_config = {"quant_method": "awq"}
     with pytest.raises(ValueError, match="quantized already .quant_method 'awq'"):
         PGPTQQuantizer(**OPTIONS).quantize_model(model)
@@ -253,6 +274,74 @@ def test_quantizing_twice_and_foreign_models_are_refused(tmp_path):
         PGPTQQuantizer.from_pretrained(make(), **OPTIONS).quantize(tmp_path / "there")
     with pytest.raises(ValueError, match="nothing was quantized"):
         PGPTQQuantizer(**OPTIONS).save(model, tmp_path / "new")
+    mixed = [["self_attn.q_proj", "self_attn.o_proj"]]
+    with pytest.raises(ValueError, match="do not read the same input"):
+        PGPTQQuantizer(**OPTIONS, modules_in_block_to_quantize=mixed).quantize_model(make())
+
+
+def test_a_resumed_run_never_mixes_two_models(tmp_path):
+    """Same config, same embeddings, other layers: another model, in memory and from files."""
+    other = make()
+    with torch.no_grad():
+        other.model.layers[2].mlp.up_proj.weight.mul_(1.5)
+    PGPTQQuantizer(**OPTIONS).quantize_model(make(), work_dir=tmp_path / "work")
+    with pytest.raises(ValueError, match="another unfinished run .it differs in weights"):
+        PGPTQQuantizer(**OPTIONS).quantize_model(other, work_dir=tmp_path / "work")
+
+
+def test_a_block_file_cut_short_is_solved_again(tmp_path):
+    model = make()
+    PGPTQQuantizer(**OPTIONS).quantize_model(model, work_dir=tmp_path)
+    whole = (tmp_path / "block-00001.safetensors").read_bytes()
+    (tmp_path / "block-00001.safetensors").write_bytes(whole[:100])
+    again = make()
+    PGPTQQuantizer(**OPTIONS).quantize_model(again, work_dir=tmp_path)
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prefix_ids": [1]},  # the stored values would be those of the unscaled v_proj
+        {"modules_in_block_to_quantize": [["self_attn.q_proj"], ["mlp.down_proj"]]},  # k and v read that norm too
+    ],
+)
+def test_smoothing_leaves_alone_what_others_read(options):
+    quantizer = PGPTQQuantizer(**OPTIONS, smoothing=True, **options)
+    quantizer.quantize_model(make(num_key_value_heads=4))
+    touched = {row["layer"].rpartition(".")[2] for row in quantizer.report if row["alpha"] is not None}
+    assert touched.isdisjoint({"o_proj"} if "prefix_ids" in options else {"q_proj"})
+
+
+def test_smoothing_undoes_what_a_foreign_norm_does_not_take():
+    """Gemma's norms multiply by 1 + weight: a factor folded into the weight is no factor of the output."""
+    torch.manual_seed(0)
+    model = GemmaForCausalLM(GemmaConfig(**{**SIZES, "head_dim": 16, "num_key_value_heads": 4})).eval()
+    norms = [parameter for name, parameter in model.named_parameters() if "layernorm" in name]
+    for weight in norms:
+        nn.init.normal_(weight, std=0.3)
+    before = [weight.clone() for weight in norms]
+    quantizer = PGPTQQuantizer(**OPTIONS, smoothing=True)
+    quantizer.quantize_model(model)
+    assert all(map(torch.equal, norms, before))
+    assert all(row["alpha"] in (None, 0.0) for row in quantizer.report if row["layer"].endswith(("q_proj", "up_proj")))
+
+
+def test_copies_of_a_config_choose_their_defaults_anew():
+    assert PGPTQConfig().method == "GPTQ"
+    assert PGPTQQuantizer(PGPTQConfig(), prefix_ids=[1]).config.method == "P-GPTQ"
+    assert PGPTQConfig.minicpm4(prefix_ids=None).method == "GPTQ"
+    assert PGPTQConfig(skip_first=2, prefix_weight=0.0).changed(prefix_ids=[1]).skip_first == 2
+
+
+def test_dropout_is_off_while_calibrating(tmp_path):
+    quantized = []
+    for training in (False, True):
+        model = make(attention_dropout=0.5).train(training)
+        PGPTQQuantizer.from_pretrained(model, **OPTIONS).quantize(tmp_path / str(training))
+        assert model.training == training
+        quantized.append((tmp_path / str(training) / "model.safetensors").read_bytes())
+    assert quantized[0] == quantized[1]
 
 
 @pytest.mark.parametrize(
@@ -263,6 +352,8 @@ def test_quantizing_twice_and_foreign_models_are_refused(tmp_path):
         ({"desc_act": True, "act_group_aware": True}, "set one of them"),
         ({"sym": False}, "gptq_v2"),
         ({"prefix_ids": []}, "prefix_ids is empty"),
+        ({"prefix_ids": 1}, "prefix_ids=1 was given; it is a list"),
+        ({"modules_in_block_to_quantize": ["mlp.down_proj"]}, "a list of lists"),
         ({"group_size": 0}, "group_size=0"),
     ],
 )

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ..packing import pack_codes, unpack_codes
 from ..quantized_weight import QuantizedWeight
@@ -188,7 +188,7 @@ def save_gptq(
             lm_head="lm_head" in names,
             meta=meta,
         )
-        quantization.update(_partial(model, names))
+        quantization.update(partial_layers(model, names))
         write_json(work / "quantize_config.json", quantization)
         save_model_files(work, model, tokenizer, quantization)
         if extras is not None:
@@ -280,7 +280,7 @@ class _Common:
             )
 
 
-def _partial(model, names: list[str]) -> dict[str, Any]:
+def partial_layers(model, names: list[str]) -> dict[str, Any]:
     """
     Which linear layers are quantized, where some are not: Transformers reads `modules_in_block_to_quantize` (names end
     with one of these), gptqmodel and vLLM read `dynamic` (patterns of names to leave alone).
@@ -437,7 +437,7 @@ def read_gptq(folder: str | os.PathLike) -> GPTQWeights:
     return GPTQWeights(folder)
 
 
-def load_gptq(folder: str | os.PathLike, dtype: torch.dtype | None = None):
+def load_gptq(folder: str | os.PathLike, dtype: torch.dtype | None = None, config: PreTrainedConfig | None = None):
     """
     A GPTQ checkpoint as an ordinary dense model, on CPU and without gptqmodel: for evaluation, export, and machines
     that have no kernels for it.
@@ -446,6 +446,7 @@ def load_gptq(folder: str | os.PathLike, dtype: torch.dtype | None = None):
         folder: a local folder of ours or of others, see [`GPTQWeights`].
         dtype: of the dense weights; by default the config's. In float16 they are, bit for bit, what GPTQ readers
             compute.
+        config: in the place of the folder's, for changes such as another attention.
 
     Returns:
         an `AutoModelForCausalLM` in eval mode whose config has no `quantization_config`.
@@ -454,7 +455,7 @@ def load_gptq(folder: str | os.PathLike, dtype: torch.dtype | None = None):
         FileNotFoundError, ValueError: see [`GPTQWeights`]; weights that do not fit the architecture.
     """
     weights = read_gptq(folder)
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder) if config is None else copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     dtype = dtype or config.dtype or torch.float16

@@ -107,6 +107,8 @@ def gptq_to_marlin(source: str | os.PathLike, folder: str | os.PathLike) -> None
         for file in sorted(source.iterdir()):
             if file.is_file() and ".safetensors" not in file.name and file.suffix != ".bin":
                 shutil.copyfile(file, work / file.name)
+        if (source / "prefix_cache").is_dir():
+            shutil.copytree(source / "prefix_cache", work / "prefix_cache")
 
 
 def _check_config(source: Path) -> None:

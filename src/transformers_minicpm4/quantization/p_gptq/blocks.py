@@ -43,6 +43,12 @@ class Blocks:
                 "quantized"
             )
         self.layers = layers
+        absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+        if files is None and absent:
+            raise ValueError(
+                f"{absent[0]} is not in memory (meta or offloaded); pass the checkpoint's path, whose blocks are "
+                "read one by one, or load the model without offloading"
+            )
         name = next(name for name, module in model.named_modules() if module is layers)
         self.names = [f"{name}.{index}" for index in range(len(layers))]
 
@@ -86,13 +92,18 @@ class Blocks:
 
             return forward
 
+        # A hook of accelerate stands in the instance, as ours does for the moment.
+        own = [layer.__dict__.get("forward") for layer in self.layers]
         for index, layer in enumerate(self.layers):
             layer.forward = stand_in(index)
         try:
             self.decoder(**{name: value.to(self.device) for name, value in batch.items()}, use_cache=False)
         finally:
-            for layer in self.layers:
-                del layer.forward
+            for layer, forward in zip(self.layers, own, strict=True):
+                if forward is None:
+                    del layer.forward
+                else:
+                    layer.forward = forward
         return hidden[0], found
 
 
@@ -116,6 +127,11 @@ def run_until(block: nn.Module, module: nn.Module, hidden: torch.Tensor, kwargs:
         pass
     finally:
         handle.remove()
+    if not found or found[0].shape[:2] != hidden.shape[:2]:
+        raise ValueError(
+            "a linear layer does not see every position (an expert of a mixture?); name those that do with "
+            "modules_in_block_to_quantize"
+        )
     return found[0]
 
 
@@ -166,8 +182,9 @@ def open_checkpoint(model_or_path: str | Path, device: torch.device | str = "cpu
     rest = [name for name, _ in model.named_parameters() if not name.startswith(inside) and name not in tied]
     _fill(model, rest, files, device)
     model.tie_weights()
-    if blocks.device.type == "cpu" and device != "cpu":
-        model.to(device)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
     return blocks
 
 

@@ -152,9 +152,14 @@ def _tokenized(first: Any, rest: Iterable, num_samples: int, max_length: int, co
     while row is not None and len(taken) < num_samples:
         ids, mask = (row.get("input_ids"), row.get("attention_mask")) if isinstance(row, Mapping) else (row, None)
         try:
-            ids = torch.as_tensor(ids).reshape(-1) if ids is not None else None
+            ids = torch.as_tensor(ids) if ids is not None else None
         except (TypeError, ValueError, RuntimeError):
             ids = None
+        if ids is not None and ids.ndim > 1 and ids.shape[:-1].numel() > 1:
+            raise CalibrationError(
+                f"calibration row {len(taken)} is a batch of shape {list(ids.shape)}; give its rows one by one"
+            )
+        ids = ids if ids is None else ids.reshape(-1)
         if ids is None or ids.dtype.is_floating_point or ids.dtype == torch.bool:
             raise CalibrationError(
                 f"calibration row {len(taken)} is {_short(row)}; rows are texts, have a text in column {column!r}, "

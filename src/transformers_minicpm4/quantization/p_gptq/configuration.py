@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -40,7 +40,7 @@ class PGPTQConfig(QuantizationConfigMixin):
         num_samples: calibration rows.
         max_length: their tokens.
         batch_size: rows that run together.
-        seed: which places of the text become rows.
+        seed: which places become rows, of a text that is read until it gives twice the rows needed.
         text_column: where a dataset's row has its text.
         checkpoint_format: "gptq" (what most readers expect) or "gptq_v2".
     """
@@ -71,8 +71,22 @@ class PGPTQConfig(QuantizationConfigMixin):
         self._check("quant_method", self.quant_method == QUANT_METHOD, f"{QUANT_METHOD!r}")
         self._check("bits", self.bits in (2, 3, 4, 8), "2, 3, 4 or 8")
         self._check("group_size", self.group_size == -1 or self.group_size >= 8, "-1 or at least 8")
-        if self.prefix_ids is not None and not self.prefix_ids:
-            raise ValueError("prefix_ids is empty; give the tokens, or None for no stored prefix")
+        if self.prefix_ids is not None:
+            if not isinstance(self.prefix_ids, list | tuple) or not all(
+                isinstance(token, int) and token >= 0 for token in self.prefix_ids
+            ):
+                raise ValueError(f"prefix_ids={self.prefix_ids!r} was given; it is a list of token ids, or None")
+            if not self.prefix_ids:
+                raise ValueError("prefix_ids is empty; give the tokens, or None for no stored prefix")
+            self.prefix_ids = list(self.prefix_ids)
+        # What was left to its default is chosen anew where a copy changes what it depends on.
+        self._defaulted = {name: None for name in ("skip_first", "prefix_weight") if getattr(self, name) is None}
+        groups = self.modules_in_block_to_quantize
+        if groups is not None and any(isinstance(group, str) for group in groups):
+            raise ValueError(
+                f"modules_in_block_to_quantize={groups!r} was given; it is a list of lists of layers that read one "
+                "input, such as [['self_attn.q_proj', 'self_attn.k_proj'], ['mlp.down_proj']]"
+            )
         if self.skip_first is None:
             self.skip_first = len(self.prefix_ids) if self.prefix_ids else 4
         if self.prefix_weight is None:
@@ -99,8 +113,12 @@ class PGPTQConfig(QuantizationConfigMixin):
         symmetric, columns in order, 4 positions left out and 1,024 rows as in the paper, of 512 tokens (ours; the
         paper does not say), `<s>` as stored prefix.
         """
-        paper = {"bits": 4, "group_size": 128, "skip_first": 4, "prefix_weight": 0.0, "num_samples": 1024}
+        paper = {"bits": 4, "group_size": 128, "skip_first": 4, "num_samples": 1024}
         return cls(**{**paper, "max_length": 512, "prefix_ids": [1], **changes})
+
+    def changed(self, **changes: Any) -> PGPTQConfig:
+        """A copy with other fields; `skip_first` and `prefix_weight`, where never given, follow them."""
+        return replace(self, **{**self._defaulted, **changes})
 
     @property
     def method(self) -> str:

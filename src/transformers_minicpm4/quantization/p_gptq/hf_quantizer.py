@@ -5,12 +5,15 @@ calls itself what every reader knows, `quant_method: gptq`.
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
+from ..export.checkpoint_files import write_json
 from .configuration import PGPTQConfig
 
 
@@ -34,7 +37,7 @@ class PGPTQHfQuantizer(HfQuantizer):
         return dtype
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        from ..export.gptq import gptq_config
+        from ..export.gptq import gptq_config, partial_layers
         from .quantizer import PGPTQQuantizer
 
         del model.config.quantization_config
@@ -53,6 +56,8 @@ class PGPTQHfQuantizer(HfQuantizer):
             damp_percent=config.damp_percent,
             meta=self._quantizer.meta(),
         )
+        model.config.quantization_config.update(partial_layers(model, list(self._quantizer.weights)))
+        model.save_pretrained = MethodType(_save_pretrained, model)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -60,6 +65,7 @@ class PGPTQHfQuantizer(HfQuantizer):
         from ..export.gptq import gptq_tensors, plain_tensors
 
         weights = self._quantizer.weights
+        self._quantizer.check_unchanged(model)
         state = dict(plain_tensors(model, model.state_dict(), list(weights)))
         for name in weights:
             for part, tensor in gptq_tensors(weights[name], self.quantization_config.checkpoint_format).items():
@@ -75,4 +81,14 @@ class PGPTQHfQuantizer(HfQuantizer):
         return True
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        model.__dict__.pop("save_pretrained", None)
         return model.to(dtype)
+
+
+def _save_pretrained(model: PreTrainedModel, save_directory: str | Path, **kwargs: Any) -> None:
+    """`save_pretrained`, and then the prefix, report, card and `quantize_config.json`, for which it has no hook."""
+    if kwargs.pop("push_to_hub", False):
+        raise ValueError("push_to_hub would upload before all files are there; save, then upload the folder")
+    type(model).save_pretrained(model, save_directory, **kwargs)
+    write_json(Path(save_directory) / "quantize_config.json", model.config.quantization_config)
+    model.hf_quantizer._quantizer.write_extras(Path(save_directory), model)

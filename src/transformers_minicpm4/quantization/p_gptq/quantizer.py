@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import tempfile
 import time
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,7 @@ from .hessian import Hessian, position_weights
 from .report import write_report
 from .smoothing import search_factors
 from .solver import CannotFactor, output_error, round_to_nearest, solve
-from .store import Store
+from .store import STATE, Store
 
 
 logger = logging.get_logger(__name__)
@@ -64,12 +67,14 @@ class PGPTQQuantizer(OptimumQuantizer):
     """
 
     def __init__(self, config: PGPTQConfig | None = None, **options: Any):
-        self.config = PGPTQConfig(**options) if config is None else replace(config, **options)
+        self.config = PGPTQConfig(**options) if config is None else config.changed(**options)
         self.blocks: Blocks | None = None
         self.source: str | None = None
         self.weights: Store | None = None
         self.prefix: PrefixCache | None = None
         self.report: list[dict[str, Any]] = []
+        self.num_rows = 0
+        self.tokenizer: Any = None
 
     @classmethod
     def from_pretrained(
@@ -119,8 +124,8 @@ class PGPTQQuantizer(OptimumQuantizer):
         target = Path(save_dir)
         refuse_filled(target)
         work = target.with_name(target.name + ".unfinished")
-        if not resume:
-            shutil.rmtree(work, ignore_errors=True)
+        if not resume and (work / STATE).is_file():
+            shutil.rmtree(work)
         tokenizer = save_options.pop("tokenizer", None) or self._tokenizer()
         self._run(self.blocks, tokenizer, work)
         self.save(self.blocks.model, target, tokenizer=tokenizer, **save_options)
@@ -143,12 +148,7 @@ class PGPTQQuantizer(OptimumQuantizer):
             self.config = replace(self.config, dataset=dataset)
         refuse_quantized(model)
         self.blocks = Blocks(model)
-        was_training = model.training
-        model.eval()
-        try:
-            self._run(self.blocks, tokenizer or self._tokenizer(), work_dir)
-        finally:
-            model.train(was_training)
+        self._run(self.blocks, tokenizer or self._tokenizer(), work_dir)
         return model
 
     def save(self, model: PreTrainedModel, save_dir: str | Path, tokenizer: Any = None, **options: Any) -> Path:
@@ -162,12 +162,7 @@ class PGPTQQuantizer(OptimumQuantizer):
         if not self.weights:
             raise ValueError("nothing was quantized yet; call quantize_model first")
         config = self.config
-
-        def extras(folder: Path) -> None:
-            if self.prefix is not None:
-                self.prefix.save(folder)
-            write_report(folder, self.report, config, self._name(model))
-
+        self.check_unchanged(model)
         state = model.state_dict()
         for index in self.weights.finished():
             state.update(self.weights.rest(index))
@@ -175,14 +170,30 @@ class PGPTQQuantizer(OptimumQuantizer):
             save_dir,
             model,
             self.weights,
-            tokenizer=tokenizer,
+            tokenizer=tokenizer or self.tokenizer,
             meta=self.meta(),
             state_dict=state,
             damp_percent=config.damp_percent,
-            extras=extras,
+            extras=lambda folder: self.write_extras(folder, model),
             **{"checkpoint_format": config.checkpoint_format, **options},
         )
         return Path(save_dir)
+
+    def write_extras(self, folder: Path, model: PreTrainedModel) -> None:
+        """What a checkpoint has beside its weights: the prefix, the report with its picture, the card."""
+        if self.prefix is not None:
+            self.prefix.save(folder)
+        write_report(folder, self.report, self.config, self._name(model), self.num_rows)
+
+    def check_unchanged(self, model: PreTrainedModel) -> None:
+        """Raise ValueError where the model's layers are not what was quantized: the file would not have the change."""
+        for name in self.weights:
+            weight = model.get_submodule(name).weight
+            if not weight.is_meta and not torch.equal(weight, self.weights[name].dequantize().to(weight)):
+                raise ValueError(
+                    f"{name} was changed after it was quantized, or is another model's; quantize this model, or keep "
+                    "the change in an adapter"
+                )
 
     def meta(self) -> dict[str, Any]:
         """Our facts for the checkpoint's `meta`, which readers of the format ignore."""
@@ -196,7 +207,7 @@ class PGPTQQuantizer(OptimumQuantizer):
             "scale_search": config.scale_search,
             "act_group_aware": config.act_group_aware,
             "column_order": "static_groups" if config.desc_act else "none",
-            "num_samples": config.num_samples,
+            "num_samples": self.num_rows,
             "max_length": config.max_length,
         }
 
@@ -204,7 +215,15 @@ class PGPTQQuantizer(OptimumQuantizer):
 
     @torch.no_grad()
     def _run(self, blocks: Blocks, tokenizer: Any, work_dir: str | Path | None) -> None:
-        config = self.config
+        was_training = blocks.model.training
+        blocks.model.eval()
+        try:
+            self._quantize(blocks, tokenizer, work_dir)
+        finally:
+            blocks.model.train(was_training)
+
+    def _quantize(self, blocks: Blocks, tokenizer: Any, work_dir: str | Path | None) -> None:
+        config, self.tokenizer = self.config, tokenizer
         if config.dataset is None:
             raise CalibrationError(
                 "there is no calibration data; give dataset= (texts, token rows, a datasets.Dataset)"
@@ -224,12 +243,13 @@ class PGPTQQuantizer(OptimumQuantizer):
             prefix_ids=config.prefix_ids,
         )
         vocab = blocks.model.get_input_embeddings().num_embeddings
-        largest = max(int(row.max()) for row in rows)
-        if largest >= vocab:
-            raise CalibrationError(
-                f"calibration rows have token {largest} and the model knows {vocab}; wrong tokenizer?"
-            )
         rows = self._with_prefix(rows)
+        self.num_rows = len(rows)
+        for token in (max(int(row.max()) for row in rows), min(int(row.min()) for row in rows)):
+            if not 0 <= token < vocab:
+                raise CalibrationError(
+                    f"calibration rows have token {token} and the model knows {vocab}; wrong tokenizer?"
+                )
         parts = batches(rows, config.batch_size)
         counted = [position_weights(part["attention_mask"], config.skip_first, config.prefix_weight) for part in parts]
         if not any(bool(weights.any()) for weights in counted):
@@ -239,8 +259,9 @@ class PGPTQQuantizer(OptimumQuantizer):
             )
         self._check_widths(blocks)
         identity = {
+            "version": version("transformers_minicpm4"),
             "config": _digest(config.to_dict()),
-            "model": _digest(blocks.model.config.to_dict()),
+            "model": _digest({**blocks.model.config.to_dict(), "_name_or_path": None}),
             "weights": _weights_digest(blocks),
             "calibration rows": digest(rows),
         }
@@ -251,13 +272,16 @@ class PGPTQQuantizer(OptimumQuantizer):
 
         hidden: list[torch.Tensor] = []
         kwargs: list[list[dict[str, Any]]] = []
+        spread = _Spread(work_dir)
         for part in parts:
             first, further = blocks.first_inputs(part)
-            hidden.append(first)
+            hidden.append(spread.keep(first))
             kwargs.append(further)
         prefix = _PrefixStream(blocks, config.prefix_ids) if config.prefix_ids else None
-        hidden = _spread(hidden)
-
+        if blocks.files is None:
+            # From here on the model changes; a second call, or one after an interruption, must not take it for the
+            # original.
+            blocks.model._p_gptq = True
         for index in logging.tqdm(range(len(blocks)), desc="quantizing blocks", unit="block"):
             with blocks.loaded(index) as block:
                 if prefix is not None:
@@ -275,7 +299,13 @@ class PGPTQQuantizer(OptimumQuantizer):
 
     def _solve_block(self, block, name, index, hidden, kwargs, counted) -> None:
         config = self.config
-        groups = config.modules_in_block_to_quantize or linear_groups(block, hidden[0], kwargs[0])
+        readers = linear_groups(block, hidden[0], kwargs[0])
+        groups = config.modules_in_block_to_quantize or readers
+        for group in groups:
+            if not any(set(group) <= set(together) for together in readers):
+                raise ValueError(
+                    f"{', '.join(group)} of {name} do not read the same input; put them into lists of their own"
+                )
         solved: dict[str, QuantizedWeight] = {}
         report = []
         for group in groups:
@@ -286,9 +316,14 @@ class PGPTQQuantizer(OptimumQuantizer):
                 hessian.add(run_until(block, modules[0], part, further), weights)
             matrix = hessian.finish()
             stacked = torch.cat([module.weight for module in modules]).float()
+            if not bool(torch.isfinite(stacked).all()):
+                raise CannotFactor(f"{name}.{group[0]} (or a layer beside it) has weights that are not finite")
             alpha = None
-            if config.smoothing:
-                stacked, matrix, alpha = self._smooth(block, group, modules, stacked, matrix, hessian, solved)
+            # A layer before may be changed only where everything that reads its output is at hand.
+            if config.smoothing and any(set(group) == set(together) for together in readers):
+                stacked, matrix, alpha = self._smooth(
+                    block, group, modules, stacked, matrix, hessian, solved, hidden[0], kwargs[0]
+                )
             try:
                 quantized, damp = solve(
                     stacked,
@@ -332,10 +367,12 @@ class PGPTQQuantizer(OptimumQuantizer):
         }
         self.weights.put(index, weights, rest, report)
 
-    def _smooth(self, block, group, modules, stacked, matrix, hessian, solved):
+    def _smooth(self, block, group, modules, stacked, matrix, hessian, solved, hidden, kwargs):
         """Fold AWQ's factors into the layer before; returns weight and Hessian as they are after it, and alpha."""
         config = self.config
         before = BEFORE.get(group[0])
+        if before == "self_attn.v_proj" and config.prefix_ids:
+            return stacked, matrix, None  # the stored values are those of the unscaled layer
         try:
             previous = block.get_submodule(before) if before else None
         except AttributeError:
@@ -353,9 +390,14 @@ class PGPTQQuantizer(OptimumQuantizer):
         )
         if alpha == 0:
             return stacked, matrix, 0.0
+        kept = [parameter.clone() for parameter in previous.parameters()]
+        scales, seen = None, run_until(block, modules[0], hidden, kwargs).float()
         if isinstance(previous, nn.Linear):
+            if before not in solved:
+                return stacked, matrix, None
             # Quantized already: its outputs shrink by their scales, its codes stay.
             weight = solved[before]
+            scales = weight.scales
             weight.scales = (weight.scales.float() / factors[:, None]).to(weight.scales.dtype)
             previous.weight.copy_(weight.dequantize())
             if previous.bias is not None:
@@ -366,6 +408,14 @@ class PGPTQQuantizer(OptimumQuantizer):
             # What the norm's dtype could hold of the factors is what the weight must undo.
             held = previous.weight.float()
             factors = torch.where(held != 0, old / held, torch.ones_like(factors))
+        # Norms that add 1 to their weight, or stand elsewhere than Llama's, are found out here and left alone.
+        wanted = seen / factors
+        if float((run_until(block, modules[0], hidden, kwargs).float() - wanted).norm()) > 0.02 * float(wanted.norm()):
+            for parameter, value in zip(previous.parameters(), kept, strict=True):
+                parameter.copy_(value)
+            if scales is not None:
+                weight.scales = scales
+            return stacked, matrix, None
         stacked = stacked * factors
         for module, part in zip(modules, stacked.split([module.out_features for module in modules]), strict=True):
             module.weight.copy_(part)
@@ -462,6 +512,10 @@ class _PrefixStream:
 
 def refuse_quantized(model: PreTrainedModel) -> None:
     """Raise ValueError for a model that is quantized already, by us or others."""
+    if getattr(model, "_p_gptq", False):
+        raise ValueError(
+            "this model was quantized by P-GPTQ, perhaps in part by a run that was stopped; load the original again"
+        )
     found = getattr(model.config, "quantization_config", None)
     if found is None and not getattr(model, "is_quantized", False):
         return
@@ -482,20 +536,22 @@ def _rows(weight: QuantizedWeight, part: slice) -> QuantizedWeight:
     return replace(weight, codes=weight.codes[part], scales=weight.scales[part], zeros=weight.zeros[part])
 
 
-def _spread(hidden: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The rows between blocks, those beyond `IN_MEMORY` bytes in a temporary file."""
-    import tempfile
+class _Spread:
+    """Keeps the rows between blocks: the first `IN_MEMORY` bytes in memory, the rest in files that are mapped."""
 
-    kept, spread = 0, []
-    for part in hidden:
-        kept += part.nbytes
-        if kept <= IN_MEMORY or part.device.type != "cpu":
-            spread.append(part.clone())
-            continue
-        with tempfile.NamedTemporaryFile(prefix="p_gptq-") as file:
-            mapped = torch.from_file(file.name, shared=True, size=part.numel(), dtype=part.dtype).view(part.shape)
-        spread.append(mapped.copy_(part))
-    return spread
+    def __init__(self, folder: str | Path | None):
+        self.folder, self.kept = folder, 0
+
+    def keep(self, part: torch.Tensor) -> torch.Tensor:
+        self.kept += part.nbytes
+        if self.kept <= IN_MEMORY or part.device.type != "cpu":
+            return part.clone()
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".rows-") as file:
+            # A disk that is full must say so now, not by a signal when a page is written.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, part.nbytes)
+            mapped = torch.from_file(file.name, shared=True, size=part.numel(), dtype=part.dtype)
+        return mapped.view(part.shape).copy_(part)
 
 
 def _digest(value: Any) -> str:
@@ -503,6 +559,13 @@ def _digest(value: Any) -> str:
 
 
 def _weights_digest(blocks: Blocks) -> str:
-    """Tells one set of weights from another without reading all: the embeddings' first rows."""
-    rows = blocks.model.get_input_embeddings().weight[:64].detach().float().cpu().contiguous()
-    return hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]
+    """Tells one set of weights from another without reading all: some values of each tensor, or the files' dates."""
+    if blocks.files is not None:
+        stats = [(path.name, path.stat()) for path in sorted(set(blocks.files.values()))]
+        return _digest([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+    found = hashlib.sha256()
+    for name, parameter in blocks.model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        found.update(name.encode())
+        found.update(flat[:: max(1, len(flat) // 256)].float().cpu().numpy().tobytes())
+    return found.hexdigest()[:16]

@@ -44,11 +44,11 @@ with larger error at those positions.
 """
 
 
-def write_report(folder: Path, rows: list[dict[str, Any]], config: PGPTQConfig, source: str) -> None:
+def write_report(folder: Path, rows: list[dict[str, Any]], config: PGPTQConfig, source: str, num_rows: int) -> None:
     """Write report, picture (where matplotlib is installed) and `README.md` into a checkpoint's folder."""
     (folder / REPORT).write_text(json.dumps({"config": config.to_dict(), "layers": rows}, indent=1), encoding="utf-8")
     drawn = draw_errors(folder / PICTURE, rows)
-    (folder / "README.md").write_text(card(rows, config, source, drawn), encoding="utf-8")
+    (folder / "README.md").write_text(card(rows, config, source, drawn, num_rows), encoding="utf-8")
 
 
 def by_kind(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -59,7 +59,7 @@ def by_kind(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return kinds
 
 
-def card(rows: list[dict[str, Any]], config: PGPTQConfig, source: str, picture: bool) -> str:
+def card(rows: list[dict[str, Any]], config: PGPTQConfig, source: str, picture: bool, num_rows: int) -> str:
     """The model card as text."""
     from huggingface_hub import ModelCardData
 
@@ -70,12 +70,16 @@ def card(rows: list[dict[str, Any]], config: PGPTQConfig, source: str, picture: 
         tags=["gptq", "p-gptq", f"{config.bits}-bit"],
         **({"base_model": source, "base_model_relation": "quantized"} if named else {}),
     )
+    left_out = {}
+    if "P-GPTQ" in config.method:
+        left_out["left out of the Hessian"] = f"the first {config.skip_first} positions of each calibration row"
+        if config.prefix_weight:
+            left_out["left out of the Hessian"] += f" (they count {config.prefix_weight:g})"
     facts = {
         "group size": "one scale an output" if config.group_size == -1 else config.group_size,
         "symmetric": "yes" if config.sym else "no",
-        "positions that count "
-        f"{config.prefix_weight:g} in the Hessian": f"the first {config.skip_first} of each calibration row",
-        "calibration": f"{config.num_samples} rows of up to {config.max_length} tokens, seed {config.seed}",
+        **left_out,
+        "calibration": f"{num_rows} rows of up to {config.max_length} tokens, seed {config.seed}",
         "columns": "by activation, static groups"
         if config.desc_act
         else "group-aware order"
@@ -84,6 +88,9 @@ def card(rows: list[dict[str, Any]], config: PGPTQConfig, source: str, picture: 
         "not quantized": "embeddings, head, norms, biases",
     }
     kinds = by_kind(rows)
+    if config.modules_in_block_to_quantize is not None:
+        facts["quantized"] = ", ".join(name for group in config.modules_in_block_to_quantize for name in group)
+        facts["not quantized"] = "everything else"
     return CARD.format(
         header=header.to_yaml() + "\n",
         title=f"{Path(source).name} ({config.bits}-bit {config.method})",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from ..packing import pack_codes, unpack_codes
@@ -58,7 +59,11 @@ class Store(Mapping):
         else:
             self._write(state, json.dumps(identity, indent=2).encode())
         for index in self.finished():
-            self._remember(index, self._load(index))
+            try:
+                self._remember(index, self._load(index))
+            except (SafetensorError, KeyError, ValueError):
+                self._path(index).unlink()  # cut short by a power failure: solved again, as are those after it
+                break
 
     def finished(self) -> list[int]:
         """The blocks that are there, from the first one on without a gap."""
@@ -142,7 +147,10 @@ class Store(Mapping):
     def _write(path: Path, data: bytes) -> None:
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            partial.write_bytes(data)
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
