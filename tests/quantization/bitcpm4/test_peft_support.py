@@ -172,6 +172,25 @@ def test_requantizing_says_what_is_lost(tiny_llama):
     assert shares[1] < 0.6
 
 
+def test_requantizing_merges_into_layers_that_stayed_dense_too(tiny_llama, ids):
+    model = freeze(prepare_qat(tiny_llama(), BitCPM4Config(group_size=16, modules_to_not_convert=["q_proj"])))
+    model = with_adapter(model, scale=0.05)
+    dense = [module for name, module in model.named_modules() if name.endswith("q_proj")]
+    wanted = [module.base_layer.weight + module.get_delta_weight("default") for module in dense]
+    merged, errors = merge_and_requantize(model)
+    got = [module.weight for name, module in merged.named_modules() if name.endswith("q_proj")]
+    assert all(map(torch.equal, got, wanted))
+    assert not any(name.endswith("q_proj") for name in errors)
+
+
+def test_requantizing_refuses_scales_that_the_file_cannot_hold(tiny_llama):
+    model = with_adapter(packed(tiny_llama), scale=1e7)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="too large: a scale would be infinite; nothing was merged"):
+        merge_and_requantize(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_requantizing_an_adapter_of_zeros_changes_no_bit(tiny_llama):
     before = copy.deepcopy(packed(tiny_llama)).state_dict()
     merged, errors = merge_and_requantize(with_adapter(packed(tiny_llama)))

@@ -343,6 +343,27 @@ def test_a_damaged_library_is_built_again(fresh):
     assert [(file.name, file.stat().st_size) for file in library.parent.iterdir()] == [(library.name, whole)]
 
 
+def test_a_library_cut_short_is_built_again(fresh):
+    """Loading it would kill the process, so it must not come to that."""
+    library = ternary_cpu._library(ternary_cpu.VARIANTS)
+    whole = library.stat().st_size
+    library.write_bytes(library.read_bytes()[:6000])
+    assert ternary_cpu.kernels() is not None
+    assert library.stat().st_size == whole
+
+
+def test_a_folder_that_anybody_can_write_to_is_not_trusted(fresh):
+    ternary_cpu._library(ternary_cpu.VARIANTS).parent.chmod(0o777)
+    with pytest.warns(UserWarning, match="anybody can write to it"):
+        assert ternary_cpu.kernels() is None
+
+
+def test_a_compiler_named_in_no_shell_s_words_is_no_crash(fresh, monkeypatch):
+    monkeypatch.setenv("CXX", "g++ 'x")
+    with pytest.warns(UserWarning, match="No closing quotation"):
+        assert ternary_cpu.kernels() is None
+
+
 def test_reading_codes_back_gives_the_weight():
     packed, scales, weight = make_layer(5, 40, 40)
     assert torch.equal(unpack_ternary(packed, 40) * scales.double(), weight)

@@ -145,7 +145,8 @@ def _refuse_dropout(config) -> None:
 @torch.no_grad()
 def merge_and_requantize(model: PeftModel) -> tuple[PreTrainedModel, dict[str, float]]:
     """
-    Merge LoRA adapters into packed layers by rounding the sum to ternary again, in place.
+    Merge LoRA adapters into packed layers by rounding the sum to ternary again, in place; into layers that stayed
+    dense they merge as ever.
 
     Codes are the sum divided by the old scale, rounded; the new scale is then the least-squares one of the codes. (The
     absmean of weights that are mostly ternary would shrink them.) A group that the adapter does not touch keeps its
@@ -159,8 +160,11 @@ def merge_and_requantize(model: PeftModel) -> tuple[PreTrainedModel, dict[str, f
         |merged - (packed + adapter)| / |adapter|. 1 is as bad as leaving the adapter out; 0 for an adapter of zeros.
 
     Raises:
-        ValueError: no adapter on a packed layer, or an adapter with NaN; the model is as it was.
+        ValueError: no adapter on a packed layer, or an adapter with NaN, infinite or too large values; the model is as
+            it was.
     """
+    from peft.tuners.lora import LoraLayer
+
     packed_class, _ = _lora_classes()
     layers = {
         name: module
@@ -174,11 +178,22 @@ def merge_and_requantize(model: PeftModel) -> tuple[PreTrainedModel, dict[str, f
     for name, module in layers.items():
         if not bool(torch.isfinite(module.delta()).all()):
             raise ValueError(f"the adapter of {name} has NaN or infinite values; nothing was merged.")
+    refits = {}
+    for name, module in layers.items():
+        base, delta = module.base_layer, module.delta().float()
+        codes, scales = _refit(base.dequantize() + delta, base)
+        if not bool(torch.isfinite(scales).all()):
+            raise ValueError(f"the adapter of {name} is too large: a scale would be infinite; nothing was merged.")
+        refits[name] = codes, scales
+    # `unload` at the end would drop the adapters of layers that stayed dense.
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and not isinstance(module, packed_class):
+            module.merge()
     errors = {}
     for name, module in layers.items():
         base, delta = module.base_layer, module.delta().float()
         wanted = base.dequantize() + delta
-        codes, scales = _refit(wanted, base)
+        codes, scales = refits.pop(name)
         merged = dequantize(codes, scales, base.group_size)
         size = delta.norm()
         errors[name.removeprefix("base_model.model.")] = float((merged - wanted).norm() / size) if size else 0.0

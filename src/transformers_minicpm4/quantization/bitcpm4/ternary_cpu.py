@@ -97,7 +97,7 @@ def kernels(variants: tuple[tuple[str, ...], ...] = VARIANTS) -> Kernels | None:
             return Kernels(_library(variants))
         except OSError:  # what lies in the cache folder is damaged
             return Kernels(_library(variants, anew=True))
-    except (_CannotBuild, OSError) as error:
+    except (_CannotBuild, OSError, ValueError, RuntimeError) as error:
         warnings.warn(
             f"transformers_minicpm4: plain PyTorch, which is slower, multiplies packed ternary weights instead of the "
             f"C++ kernel: {error}; it needs a C++17 compiler such as g++ (in PATH or CXX) and a cache folder it can "
@@ -122,7 +122,9 @@ def _library(variants: tuple[tuple[str, ...], ...], anew: bool = False) -> Path:
     cache = os.environ.get("XDG_CACHE_HOME")
     folder = (Path(cache) if cache and Path(cache).is_absolute() else Path.home() / ".cache") / "transformers_minicpm4"
     target = folder / f"ternary-{key.hexdigest()[:20]}.so"
-    if target.is_file() and not anew:
+    if folder.exists() and not _ours(folder):
+        raise _CannotBuild(f"the cache folder {folder} belongs to another user, or anybody can write to it")
+    if target.is_file() and not anew and _ours(target) and _is_whole(target):
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -132,10 +134,28 @@ def _library(variants: tuple[tuple[str, ...], ...], anew: bool = False) -> Path:
         raise _CannotBuild(f"the cache folder {folder} cannot be written to ({_reason(error)})") from error
     try:
         _build(compiler, variants, partial)
+        with open(partial, "rb") as built:
+            os.fsync(built.fileno())
         os.replace(partial, target)  # two processes at once: the last one wins, both are whole
     finally:
         Path(partial).unlink(missing_ok=True)
     return target
+
+
+def _ours(path: Path) -> bool:
+    """Whether nobody else could have put there what is about to be run."""
+    found = path.stat()
+    return not hasattr(os, "getuid") or (found.st_uid == os.getuid() and not found.st_mode & 0o002)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether an ELF file reaches to its last header: loading one that was cut short kills the process."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head[:5] != b"\x7fELF\x02" or len(head) < 64:
+        return head[:4] != b"\x7fELF"  # other systems' libraries are left to their loader
+    (headers,), (size, count) = struct.unpack_from("=Q", head, 40), struct.unpack_from("=HH", head, 58)
+    return path.stat().st_size >= headers + size * count
 
 
 def _compiler() -> list[str]:

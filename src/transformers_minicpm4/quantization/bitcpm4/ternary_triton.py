@@ -13,6 +13,7 @@ Shape letters: `M` rows, `O` outputs, `I` inputs, `B` bytes of a packed row (`2 
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 
 import torch
 import triton
@@ -129,5 +130,7 @@ def ternary_matmul(
     out = x.new_empty((len(x), len(packed)))
     if out.numel():
         kernel, grid, arguments, options = plan(x, packed, scales, group_size, bias, out)
-        kernel[grid](*arguments, **options)
+        # Triton launches on the current device, which need not be the layer's.
+        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+            kernel[grid](*arguments, **options)
     return out
