@@ -129,11 +129,80 @@ def test_a_scored_folder_is_filtered_without_the_model(folder, corpus, model, ru
         result = run_cli("ultraclean", "filter", *inputs, "-o", kept, "--threshold", "0.5")
         assert "read 111, kept 60" in result.out, result.err
     assert "rejected" not in result.out  # neither the manifest nor the rejects of the first run are rows
-    # The scores say nothing about how they were made, and nor does the card.
-    assert run_cli("ultraclean", "report", kept).code == 0
-    card = (kept / "README.md").read_text()
-    assert "words by: unknown" in card
-    assert "classifier: `unknown`, SHA-256 `unknown`" in card
+    # A folder says what made its scores; files alone do not, and nor does their card.
+    cards = {}
+    for name in ("files", "folder"):
+        assert run_cli("ultraclean", "report", folder / "kept again" / name).code == 0
+        cards[name] = (folder / "kept again" / name / "README.md").read_text()
+    assert "words by: unknown" in cards["files"]
+    assert "classifier: `unknown`, SHA-256 `unknown`" in cards["files"]
+    digest = json.loads((scored / "ultraclean.json").read_text())["digest"]
+    assert "words by: white space" in cards["folder"]
+    assert f"classifier: `quality.bin`, SHA-256 `{digest}`" in cards["folder"]
+
+
+def test_the_model_is_taken_over_only_where_all_inputs_were_scored_by_it(folder, corpus, model, run_cli):
+    for name, path in zip("ab", corpus):
+        run_cli("ultraclean", "score", path, "--model", model, "-o", folder / f"scored {name}")
+    facts = json.loads((folder / "scored b" / "ultraclean.json").read_text())
+
+    def noted(name, *inputs):
+        result = run_cli("ultraclean", "filter", *inputs, "-o", folder / name)
+        assert result.code == 0, result.err
+        return json.loads((folder / name / "ultraclean.json").read_text())
+
+    a, b = folder / "scored a", folder / "scored b"
+    both = noted("kept of both", a, b)
+    assert {name: both[name] for name in ("model", "digest", "tokenizer")} == {
+        name: facts[name] for name in ("model", "digest", "tokenizer")
+    }
+    # A folder that was filtered says it too.
+    assert noted("kept of kept", folder / "kept of both")["digest"] == facts["digest"]
+    for name, other in (("digest", "0" * 64), ("tokenizer", "some/tokenizer"), ("model", "other.bin")):
+        (b / "ultraclean.json").write_text(json.dumps({**facts, name: other}))
+        assert "model" not in noted(f"kept with other {name}", a, b)
+    (b / "ultraclean.json").unlink()
+    assert "model" not in noted("kept without settings", a, b)
+    assert "model" not in noted("kept with a file", a, *b.glob("part-*"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"threshold": "x"},
+        {"threshold": None},
+        {"threshold": True},
+        {"action": "sort"},
+        {"action": []},
+        {"model": 1},
+        {"digest": None},
+        {"tokenizer": {}},
+    ],
+)
+def test_damaged_settings_are_named(damage, folder, corpus, model, run_cli):
+    kept = folder / "kept for damage"
+    run_cli("ultraclean", "filter", *corpus, "--model", model, "-o", kept)
+    facts = json.loads((kept / "ultraclean.json").read_text())
+    (kept / "ultraclean.json").write_text(json.dumps({**facts, **damage}))
+    for command in (("report", kept), ("filter", kept, "-o", folder / "of damaged")):
+        result = run_cli("ultraclean", *command)
+        assert result.code == 2
+        assert f"{kept}/ultraclean.json is damaged" in result.sentence
+
+
+def test_a_manifest_damaged_inside_is_named(folder, corpus, model, run_cli):
+    kept = folder / "kept for shards"
+    run_cli("ultraclean", "filter", *corpus, "--model", model, "-o", kept)
+    manifest = json.loads((kept / "manifest.json").read_text())
+    (kept / "manifest.json").write_text(json.dumps({**manifest, "shards": [{}]}))
+    for command in (
+        ("report", kept),
+        ("filter", kept, "-o", folder / "of damaged shards"),
+        ("train", "--pos", kept, "--neg", corpus[1], "-o", folder / "of damaged.bin"),
+    ):
+        result = run_cli("ultraclean", *command)
+        assert result.code == 2
+        assert "manifest.json is damaged" in result.sentence
 
 
 def test_the_report_of_a_scored_folder_does_not_call_it_filtered(folder, corpus, model, run_cli):
@@ -234,6 +303,24 @@ def test_if_nothing_can_be_read_the_exit_code_says_so(folder, model, run_cli):
     assert result.code == 1
     assert f"none of the 2 records could be read; {folder}/nothing/rejects-* say why" in result.sentence
     assert run_cli("ultraclean", "report", folder / "nothing").code == 0
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "[]"])
+def test_an_input_without_records_is_warned_of(content, tmp_path, model, run_cli):
+    path = tmp_path / "empty.json"
+    path.write_text(content)
+    result = run_cli("ultraclean", "score", path, "--model", model, "-o", tmp_path / "out")
+    assert result.code == 0
+    assert f"no records in {path}" in result.err
+    assert "read 0, kept 0" in result.out
+
+
+def test_a_pool_without_the_text_column_is_named(folder, corpus, run_cli):
+    path = folder / "bodies.jsonl"
+    path.write_text(json.dumps({"body": "how a method works", "id": 1}) + "\n")
+    result = run_cli("ultraclean", "train", "--pos", corpus[0], "--neg", f"b={path}", "-o", folder / "no text.bin")
+    assert result.code == 2
+    assert f"{path} has no column 'text'; its columns are body, id: set --text-column" in result.sentence
 
 
 def test_scores_that_are_no_numbers_and_foreign_folders_are_named(folder, run_cli):

@@ -21,6 +21,7 @@ Corpora are jsonl, jsonl.gz, json or parquet files, folders of them, or ids of d
 stopped goes on where it was when the same command is given again.
 """
 SETTINGS = "ultraclean.json"
+OTHERWISE = "name a folder that score or filter wrote"
 # Endings of names that are files, not ids of the Hub.
 FILE_SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".gz", ".zst", ".csv", ".txt", ".arrow", ".bin", ".ftz")
 
@@ -124,7 +125,13 @@ def train(args) -> None:
         for name, path in map(_named, given):
             if name in pools:
                 raise UserError(f"two pools are named {name!r}; tell them apart as NAME=PATH.")
-            pool = load(path).select_columns([args.text_column])
+            pool = load(path)
+            if args.text_column not in pool.column_names:
+                raise UserError(
+                    f"the pool {path} has no column {args.text_column!r}; its columns are "
+                    f"{', '.join(pool.column_names)}: set --text-column to one of them."
+                )
+            pool = pool.select_columns([args.text_column])
             pools[name] = pool.add_column("label", [label] * len(pool))
     settings = ("epochs", "bucket", "dim", "threads", "seed", "held_out", "overwrite", "text_column", "tokenizer")
     found = train_classifier(pools, args.output, **{name: getattr(args, name) for name in settings})
@@ -151,6 +158,8 @@ def process(args) -> int:
         scorer = QualityScorer(args.model, tokenizer=args.tokenizer, text_column=args.text_column)
         functions.append(scorer)
         facts.update(model=scorer.model, digest=scorer.digest, tokenizer=args.tokenizer)
+    else:
+        facts.update(_scored_by(args.inputs))
     if args.action == "filter":
         functions.append(QualityFilter(args.threshold))
     inputs, options = _corpus(args.inputs)
@@ -165,6 +174,8 @@ def process(args) -> int:
         for reason, count in sorted(counts[kind].items()):
             print(f"{kind} {count:,}: {reason}")
     print(f"folder: {args.output}")
+    if not counts["read"]:
+        print(f"minicpm4 ultraclean: no records in {' '.join(args.inputs)}: nothing was written", file=sys.stderr)
     if counts["read"] and sum(counts["rejected"].values()) == counts["read"]:
         print(
             f"minicpm4 ultraclean: none of the {counts['read']:,} records could be read; "
@@ -179,21 +190,19 @@ def report(args) -> None:
     from tqdm import tqdm
 
     from transformers_minicpm4.data.ultraclean.card import as_table, summarize, write_card
-    from transformers_minicpm4.data.ultraclean.records import read_rows
+    from transformers_minicpm4.data.ultraclean.records import MANIFEST, read_manifest, read_rows
 
     folder = Path(args.folder)
-    manifest = _read(
-        folder / "manifest.json",
-        f"{folder} holds no manifest.json: name a folder that score or filter wrote.",
-        {"finished", "settings", "counts", "shards"},
-    )
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"{folder} holds no {MANIFEST}: {OTHERWISE}.")
+    manifest = read_manifest(folder / MANIFEST)
+    if manifest is None:
+        raise UserError(f"{folder / MANIFEST} is damaged or of another program: {OTHERWISE}.")
     if not manifest["finished"]:
         raise UserError(f"the run in {folder} is not finished; give its command again and it goes on.")
-    facts = _read(
-        folder / SETTINGS,
-        f"{folder} holds no {SETTINGS}: give the command that wrote the folder once more.",
-        {"action", "threshold"},
-    )
+    facts = _read_settings(folder)
+    if facts is None:
+        raise UserError(f"{folder} holds no {SETTINGS}: give the command that wrote the folder once more.")
     filtered = facts["action"] == "filter"
     if filtered and args.threshold not in (None, facts["threshold"]):
         raise UserError(
@@ -316,13 +325,38 @@ def _shown(name: str | None) -> str | None:
     return Path(name).name
 
 
-def _read(path: Path, otherwise: str, keys: set[str]) -> dict:
+def _read_settings(folder: Path) -> dict | None:
+    """What `process` noted in a folder that it wrote; None where there is no note."""
+    path = folder / SETTINGS
     if not path.is_file():
-        raise UserError(otherwise)
+        return None
     try:
-        content = json.loads(path.read_bytes())
-    except ValueError:
-        content = None
-    if not isinstance(content, dict) or not keys <= content.keys():
-        raise UserError(f"{path} is damaged or of another program: name a folder that score or filter wrote.")
-    return content
+        facts = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        facts = None
+    if not isinstance(facts, dict) or not _are_settings(facts):
+        raise UserError(f"{path} is damaged or of another program: give the command that wrote the folder once more.")
+    return facts
+
+
+def _are_settings(facts: dict) -> bool:
+    threshold = facts.get("threshold", "")
+    number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+    texts = [facts.get("model", ""), facts.get("digest", ""), facts.get("tokenizer") or ""]
+    of_action = {"score": threshold is None, "filter": number}
+    return all(isinstance(text, str) for text in texts) and any(
+        facts.get("action") == action and fits for action, fits in of_action.items()
+    )
+
+
+def _scored_by(inputs: list[str]) -> dict:
+    """Model, digest and tokenizer of the scores in the inputs, where all are folders scored by the same."""
+    from transformers_minicpm4.data.ultraclean.records import MANIFEST
+
+    found = []
+    for folder in (Path(name).expanduser() for name in inputs):
+        facts = _read_settings(folder) if (folder / MANIFEST).is_file() else None
+        if facts is None or not {"model", "digest", "tokenizer"} <= facts.keys():
+            return {}
+        found.append({name: facts[name] for name in ("model", "digest", "tokenizer")})
+    return found[0] if all(facts == found[0] for facts in found) else {}

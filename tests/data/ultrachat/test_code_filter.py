@@ -264,6 +264,14 @@ def test_what_multiplies_is_named_not_followed(code):
     assert ("user_interaction: line 1, input" in reason) == code.startswith("x = input()")
 
 
+@pytest.mark.parametrize("line", ["[i for i in c]\n", "lambda i: i\n", "class C: pass\n"])
+def test_copies_of_many_names_are_counted(line):
+    names = [f"a{n} = 1\n" for n in range(8000)]
+    reason = guarded(check_code, "".join(names) + line * 8000)
+    assert reason.endswith("dynamic_code: line 1, more branches and meanings than are followed")
+    assert check_code("c = ()\n" + "".join(names[:500]) + line * 500) == "ok"
+
+
 @pytest.mark.parametrize("code", ["a" + ".b()" * 50_000, "[" * 50_000, "1" + "+1" * 50_000, "not " * 50_000 + "1"])
 def test_absurd_depth_is_a_syntax_error(code):
     assert check_code(code).startswith("syntax_error: line 1, ")

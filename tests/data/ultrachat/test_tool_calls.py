@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import time
 
 import jsonschema
 import pytest
@@ -366,3 +367,84 @@ def test_lists_of_types_know_the_same_words():
     assert check_tool_calls([call("f", {"a": "x", "b": 2})], [loose]) == "ok"
     assert check_tool_calls([call("f", {"a": 1})], [loose]).startswith("wrong_type: call 1 f, a")
     assert check_tool_calls([], [{"name": "f", "parameters": {"type": ["array", "null"]}}]).startswith("bad_tool")
+
+
+def doubling(levels, leaf, **more):
+    """A flat schema whose references double at each level."""
+    steps = {f"s{i}": {"allOf": [{"$ref": f"#/$defs/s{i + 1}"}] * 2, **more} for i in range(levels)}
+    return {"$defs": {**steps, f"s{levels}": leaf}, "$ref": "#/$defs/s0", "type": "object"}
+
+
+def named(pattern):
+    return {"type": "object", "patternProperties": {pattern: {}}, "additionalProperties": False}
+
+
+DRAFT = "https://json-schema.org/draft/2020-12/schema"
+SLOW = [
+    ({"properties": {"a": {"pattern": "^(a+)+$"}}}, {"a": "a" * 35 + "!"}),
+    ({"properties": {"a": {"pattern": "(a|a)*b"}}}, {"a": "a" * 40}),
+    ({"properties": {"a": {"pattern": "(.*)(.*)(.*)(.*)(.*)x"}}}, {"a": "a" * 5000}),
+    ({"properties": {"a": {"items": {"pattern": "^(a|aa)+$"}}}}, {"a": ["a" * n + "!" for n in range(20, 60)]}),
+    (named("^(a+)+$"), {"a" * 35 + "!": 1}),
+    (named("^(a|a)*?$"), {"a" * 35 + "!": 1}),
+    (named("^(?:a{1,9}){1,99}$"), {"a" * 35 + "!": 1}),
+    (named(".*.*.*.*.*x"), {"a" * 2000: 1}),
+    (named(".*.*x"), {"a" * 200_000: 1}),
+    (named(r"^(a|a|\\)+$"), {"a" * 35 + "!": 1}),
+    (named("(?x)^(a|a) +$"), {"a" * 35 + "!": 1}),
+    (named("^" + "a?" * 35 + "a" * 35 + "$"), {"a" * 34: 1}),
+    (named("^" + "(a|a)" * 35 + "$"), {"a" * 35 + "!": 1}),
+    (named("^" + "a{0,99}" * 9 + "$"), {"a" * 99 + "!": 1}),
+    (doubling(26, {"type": "object"}), {}),
+    (doubling(26, {"type": "array"}), {}),
+    (doubling(26, True), {}),
+    (doubling(26, {"type": "object"}, **{"$schema": DRAFT}), {}),
+    ({"unevaluatedProperties": False, **doubling(26, {"properties": {"a": {}}})}, {"a": 1}),
+]
+
+
+@pytest.mark.parametrize("schema, arguments", SLOW)
+def test_a_schema_that_would_take_for_ever_refuses_in_bounded_time(schema, arguments):
+    start = time.process_time()
+    reason = check_tool_calls([call("f", arguments)], [{"name": "f", "parameters": {"type": "object", **schema}}])
+    assert time.process_time() - start < 10
+    # Where the answer is found in time after all, it is the right one.
+    answers = ("the arguments: cannot be checked", "may take too long", "does not match '^(a+)+$'")
+    assert any(answer in reason for answer in (*answers, "a: 'aaaaaaaa")), reason
+
+
+@pytest.mark.parametrize(
+    "pattern, good, bad",
+    [
+        ("^[a-z]+(-[a-z]+)*$", "one-two-three-four-" * 50 + "x", "one--two-three"),
+        (r"^(\d{1,3}\.){3}\d{1,3}$", "192.168.100.200", "192.168.100.x00"),
+        (r"^[\w.+-]+@(\w+\.)+\w+$", "someone@mail.example.org", "someone.mail.example.org"),
+    ],
+)
+def test_honest_patterns_with_repeated_groups_are_checked(pattern, good, bad):
+    offered = [tool("f", {"a": {"type": "string", "pattern": pattern}})]
+    assert check_tool_calls([call("f", {"a": good})], offered) == "ok"
+    assert "does not match" in check_tool_calls([call("f", {"a": bad})], offered)
+
+
+def test_large_arguments_and_patterns_of_names_are_checked():
+    parameters = {**named("^x-[a-z]+$"), "properties": {"rows": {"items": {"$ref": "#/$defs/row"}}}}
+    parameters["$defs"] = {"row": {"type": "object", "properties": {k: {"type": "integer"} for k in "abcdef"}}}
+    offered = [{"name": "f", "parameters": parameters}]
+    rows = [dict.fromkeys("abcdef", 1)] * 2000
+    assert check_tool_calls([call("f", {"rows": rows, "x-a": 1})], offered) == "ok"
+    assert "extra_argument: call 1 f, 'y'" in check_tool_calls([call("f", {"rows": rows, "y": 1})], offered)
+    nested = {"$defs": {"a": {"$schema": DRAFT, "type": "integer"}}, "properties": {"a": {"$ref": "#/$defs/a"}}}
+    assert check_tool_calls([call("f", {"a": "x"})], [{"name": "f", "parameters": nested}]).startswith("wrong_type")
+
+
+def test_an_exception_of_the_caller_gets_through(monkeypatch):
+    """A signal handler that stops a slow row raises inside the check."""
+    from transformers_minicpm4.data.ultrachat import json_schemas
+
+    def stop(*_):
+        raise TimeoutError("the caller's")
+
+    monkeypatch.setattr(json_schemas._Work, "step", stop)
+    with pytest.raises(TimeoutError, match="the caller's"):
+        check_tool_calls([call("get_weather", {"city": "Oslo"})], [WEATHER])

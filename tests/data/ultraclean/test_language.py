@@ -4,6 +4,7 @@ import gzip
 import json
 import pickle
 import re
+import time
 
 import pytest
 from datasets import Dataset
@@ -44,6 +45,17 @@ def test_null_where_nothing_can_be_said():
     tags = LanguageTagger()({"text": texts})
     assert tags["language"] == [None] * 8 + ["en"]
     assert tags["language_confidence"][:8] == [None] * 8
+
+
+def test_a_long_run_of_marks_takes_time_in_proportion():
+    from transformers_minicpm4.data.ultrachat.constraints import check_constraints
+
+    text = "The file is here, and it is large. a" + "\u0345\u0301\u0327" * 40_000
+    LanguageTagger()({"text": ["a b"]})  # loads the model
+    start = time.process_time()
+    LanguageTagger()({"text": [text]})
+    check_constraints(text, [{"type": "language", "language": "en"}])
+    assert time.process_time() - start < 5  # the quadratic way: over 10
 
 
 def test_a_single_row_is_refused():

@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import random
 import re
+import time
 import unicodedata
 
 import pytest
@@ -15,6 +17,7 @@ from transformers_minicpm4.data.ultraclean.normalize import (
     normalize,
     to_words,
     to_words_batch,
+    unicode_form,
 )
 
 
@@ -80,6 +83,44 @@ def test_normalize_is_the_slow_chain_on_every_code_point():
     for start in range(0, len(everything), 64):
         text = " ".join(everything[start : start + 64])
         assert normalize(text) == slow_normalize(text)
+
+
+def test_every_character_that_can_move_is_looked_for_in_long_runs():
+    """What makes the exactness below hold for all of Unicode: a new version of Unicode may break it."""
+    from transformers_minicpm4.data.ultraclean.normalize import _MANY_MARKS
+
+    for i in range(0x110000):
+        if unicodedata.combining(unicodedata.normalize("NFKD", chr(i))[0]):
+            assert _MANY_MARKS.fullmatch(chr(i) * 31), hex(i)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
+def test_long_runs_of_marks_are_sorted_as_unicodedata_does(form):
+    generator = random.Random(form)
+    marks = [chr(i) for i in range(0x300, 0x1E950) if unicodedata.category(chr(i))[0] == "M"] + ["\uff9e", "\uff9f"]
+    # Characters of many classes, spacing ones that move (Mc), blockers of class 0, and what decomposes into several.
+    few = "\u0301\u0327\u0345\u302e\u302f\U0001d165\U00016ff0\u034f\u0344\u0dda\uff9e\u05b0\u0f77"
+    for _ in range(300):
+        parts = []
+        for _ in range(generator.randint(1, 4)):
+            parts += generator.choices(
+                ["a", "é", "ｶ", "\U0001d15e", "가", "\u1100", " ", "ẛ̣"], k=generator.randint(0, 2)
+            )
+            parts += generator.choices(generator.choice([marks, few]), k=generator.randint(0, 200))
+        text = "".join(parts)
+        assert unicode_form(form, text) == unicodedata.normalize(form, text)
+        assert normalize(text) == slow_normalize(text)
+
+
+@pytest.mark.parametrize("marks", ["\u0345\u0301\u0327", "\U0001d165\U00016ff0", "\u302e\uff9e"])
+def test_a_long_run_of_marks_takes_time_in_proportion(marks):
+    from transformers_minicpm4.data.ultraclean.deduplicate import tokenize
+
+    text = "a" + marks * 40_000
+    start = time.process_time()
+    normalize(text)
+    tokenize(text)
+    assert time.process_time() - start < 2  # the quadratic way: over 10
 
 
 @pytest.mark.parametrize("text", TEXTS)

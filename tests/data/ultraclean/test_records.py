@@ -71,6 +71,50 @@ def test_runs_that_cannot_be_read_are_named(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def damages(manifest):
+    """A good manifest, damaged in one place each."""
+    yield ""
+    yield "[1]"
+    yield json.dumps(manifest)[:-20]
+    for key in manifest:
+        yield json.dumps({name: value for name, value in manifest.items() if name != key})
+        yield json.dumps({**manifest, key: "x"})
+    for key in manifest["counts"]:
+        yield json.dumps({**manifest, "counts": {**manifest["counts"], key: "x"}})
+    for key in ("output_format", "text_column"):
+        yield json.dumps({**manifest, "settings": {**manifest["settings"], key: 3}})
+    first, *others = manifest["shards"]
+    part = first["files"]["part"]
+    files = [{"part": {**part, key: value}} for key, value in (("name", 1), ("name", "../a.jsonl"), ("bytes", "x"))]
+    for shard in ({}, 1, {**first, "position": [0]}, *({**first, "files": each} for each in ({"part": {}}, *files))):
+        yield json.dumps({**manifest, "shards": [shard, *others]})
+
+
+def test_a_run_with_a_damaged_manifest_is_refused_by_name(tmp_path):
+    corpus = write(tmp_path / "a.jsonl", range(10), "not json")
+    manifest = run(corpus, tmp_path / "corpus" / "first", odd, rows_per_shard=4)
+    for damaged in damages(manifest):
+        (tmp_path / "corpus" / "first" / "manifest.json").write_text(damaged)
+        for place in (tmp_path / "corpus", tmp_path / "corpus" / "first"):
+            with pytest.raises(ValueError, match=r"corpus/first holds files of a run .* manifest.json is damaged"):
+                run(place, tmp_path / "out")
+        with pytest.raises(ValueError, match=r"manifest.json is not, or no longer, the manifest of a run"):
+            run(corpus, tmp_path / "corpus" / "first", odd, rows_per_shard=4)
+    assert not (tmp_path / "out").exists()
+
+
+def test_notes_of_a_run_are_no_rows_of_a_plain_folder(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write(folder / "a.jsonl", range(2))
+    (folder / "manifest.json").write_text('{"of": "another program"}')
+    (folder / "ultraclean.json").write_text('{"action": "score"}')
+    assert run(folder, tmp_path / "out", output_format="jsonl")["counts"]["read"] == 2
+    (folder / "manifest.json").unlink()
+    (folder / "rejects-00000.jsonl").write_text('{"file": "a", "line": 1, "reason": "x", "content": "y"}\n')
+    assert run(folder, tmp_path / "again", output_format="jsonl")["counts"]["read"] == 2
+
+
 def not_utf8(*texts):
     offsets, data = pa.array([len(b"".join(texts[:i])) for i in range(len(texts) + 1)], pa.int32()), b"".join(texts)
     return pa.StringArray.from_buffers(len(texts), offsets.buffers()[1], pa.py_buffer(data))

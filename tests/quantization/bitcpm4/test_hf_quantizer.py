@@ -1,6 +1,7 @@
 """`from_pretrained` and `save_pretrained` with `quant_method: bitcpm4`, in this process and in fresh ones."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -213,6 +214,63 @@ def test_damaged_packed_checkpoints_are_not_loaded(dense, tmp_path):
         with_changes(**{part: None})
         with pytest.raises(ValueError, match=rf"{name}\.{part} is not in the checkpoint"):
             AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+
+
+def edit(folder, changes):
+    """Replace tensors of a checkpoint by name, or leave them out (`None`)."""
+    tensors = {**load_file(folder / "model.safetensors"), **changes}
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("weight_format", ["latent", "packed"])
+@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("model.norm.weight", (1,)),
+        ("model.embed_tokens.weight", (90, 64)),
+        ("model.layers.1.mlp.up_proj.weight", (96, 48)),
+    ],
+    ids=str,
+)
+def test_a_tensor_of_another_shape_is_named(dense, tmp_path, weight_format, saved, name, shape):
+    """Saved in the format or made while loading; Transformers compares no shapes for quantized models."""
+    config = BitCPM4Config(group_size=16, weight_format=weight_format)
+    folder, options = dense, {"quantization_config": config}
+    if saved:
+        folder, options = tmp_path / "saved", {}
+        AutoModelForCausalLM.from_pretrained(dense, quantization_config=config).save_pretrained(folder)
+    edit(folder, {name: torch.randn(shape)})
+    layer = name.removesuffix(".weight") if "up_proj" in name else name
+    with pytest.raises(ValueError, match=re.escape(layer)):
+        AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def test_a_missing_latent_weight_is_named(dense):
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit(dense, {name: None})
+    with pytest.raises(ValueError, match=rf"{name} is not in the checkpoint"):
+        AutoModelForCausalLM.from_pretrained(dense, quantization_config=BitCPM4Config(group_size=16))
+
+
+def test_a_negative_scale_is_refused(dense, tmp_path):
+    config = BitCPM4Config(group_size=16, weight_format="packed")
+    AutoModelForCausalLM.from_pretrained(dense, quantization_config=config).save_pretrained(tmp_path / "packed")
+    name = "model.layers.1.mlp.up_proj.weight_scale"
+    scales = load_file(tmp_path / "packed" / "model.safetensors")[name]
+    scales[3, 1] *= -1
+    edit(tmp_path / "packed", {name: scales})
+    with pytest.raises(ValueError, match=f"{name} has a negative scale"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+
+
+def test_values_that_are_ternary_already_do_not_load_as_latents(dense, tmp_path):
+    config = BitCPM4Config(group_size=16)
+    model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config).dequantize()
+    model.save_pretrained(tmp_path / "fused")
+    with pytest.raises(ValueError, match=r"0\.self_attn\.q_proj is ternary already.*import_fake_quantized"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "fused", quantization_config=config)
 
 
 def test_a_checkpoint_of_another_method_is_not_taken_over(dense):

@@ -3,13 +3,22 @@
 import copy
 import logging
 import re
+import warnings
 
 import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from packaging.version import Version
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import (
+    AutoModelForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from tolerances import relative_rms
 from transformers_minicpm4.quantization.bitcpm4.configuration import BitCPM4Config
@@ -25,6 +34,7 @@ from transformers_minicpm4.quantization.bitcpm4.qat import (
     rewarmed_wsd_schedule,
     set_qat,
 )
+from transformers_minicpm4.quantization.bitcpm4.quantizer import freeze
 from transformers_minicpm4.quantization.bitcpm4.ternary import fake_quantize
 
 
@@ -148,6 +158,22 @@ def test_what_cannot_be_prepared_is_refused_and_untouched(tiny_llama):
         prepare_qat(model, BitCPM4Config(16))
 
 
+def test_values_that_are_ternary_already_are_no_latents(tiny_llama):
+    """Nor after dequantizing, and rows of zeros hide nothing."""
+    packed = freeze(prepare_qat(tiny_llama(), BitCPM4Config(group_size=16)))
+    with pytest.raises(ValueError, match="LoRA adapters beside them.*dequantized they stay ternary"):
+        prepare_qat(packed, BitCPM4Config(group_size=16))
+    model = packed.dequantize()
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight[:20] = 0
+    with pytest.raises(ValueError, match=r"0\.self_attn\.q_proj is ternary already.*import_fake_quantized.*latents"):
+        prepare_qat(model, BitCPM4Config(group_size=16))
+    assert not list(qat_layers(model))
+    assert before.keys() == model.state_dict().keys()
+
+
 # ------------------------------------------------------------------------------------------------------------ training
 
 
@@ -189,11 +215,29 @@ def test_qat_starts_at_its_step(tiny_llama, rows, tmp_path):
 
 def test_the_stage_before_qat_is_plain_training(tiny_llama, rows, tmp_path):
     model = prepare_qat(tiny_llama(), BitCPM4Config(group_size=16))
-    train(model, rows, tmp_path, steps=4, callbacks=[QATStartCallback(start_step=100)])
+    with pytest.warns(UserWarning, match=r"ended at step 4 of 4 before QAT began .step 100."):
+        train(model, rows, tmp_path, steps=4, callbacks=[QATStartCallback(start_step=100)])
     plain = tiny_llama()
     train(plain, rows, tmp_path, steps=4)
     wanted = plain.state_dict()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("start, warned", [(2, True), (0, False)])
+def test_the_best_model_may_be_from_before_qat(tiny_llama, rows, tmp_path, start, warned):
+    model = prepare_qat(tiny_llama(), BitCPM4Config(group_size=16))
+    arguments = TrainingArguments(str(tmp_path), load_best_model_at_end=True, eval_strategy="steps", use_cpu=True)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        QATStartCallback(start_step=start).on_train_begin(arguments, TrainerState(max_steps=4), None, model=model)
+    assert any("load_best_model_at_end=True with QAT from step 2" in str(each.message) for each in found) == warned
+
+
+def test_qat_that_began_ends_without_a_warning(tiny_llama, rows, tmp_path):
+    model = prepare_qat(tiny_llama(), BitCPM4Config(group_size=16))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*before QAT began")
+        train(model, rows, tmp_path, steps=2, callbacks=[QATStartCallback(start_step=1)])
 
 
 def test_callbacks_refuse_a_model_without_latents(tiny_llama, rows, tmp_path):
@@ -387,6 +431,38 @@ def test_a_teacher_with_another_vocabulary_is_refused(tiny_llama, rows, tmp_path
     ):
         with pytest.raises(ValueError, match=words):
             DistillationCallback(tiny_llama(), **fields)
+
+
+def test_distillation_without_loss_or_logits_fails_on_the_first_step(tiny_llama, rows, tmp_path):
+    """Not where the teacher joins, and the reason is among those given."""
+    steps = []
+
+    class Count(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            steps.append(state.global_step)
+
+    callbacks = [DistillationCallback(tiny_llama(), start_share=0.9), Count()]
+    with pytest.raises(ValueError, match="output has no loss. .*SFTTrainer.*loss_type.*label_smoothing_factor.*liger"):
+        train(prepare(tiny_llama), rows, tmp_path, callbacks=callbacks, label_smoothing_factor=0.1)
+    assert not steps
+
+
+def test_distillation_in_the_sft_trainer_fails_on_the_first_step(tiny_llama, tokenizer, tmp_path):
+    trl = pytest.importorskip("trl")
+    if Version(trl.__version__) < Version("1.16"):
+        pytest.skip("TRL before 1.16 computes logits")
+    trainer = trl.SFTTrainer(
+        model=prepare(tiny_llama),
+        args=trl.SFTConfig(
+            output_dir=str(tmp_path), max_steps=4, report_to="none", use_cpu=True, bf16=False, save_strategy="no"
+        ),
+        train_dataset=Dataset.from_dict({"text": ["w3 w4 w5 w6"] * 40}),
+        processing_class=tokenizer,
+        callbacks=[DistillationCallback(tiny_llama(), start_share=0.9)],
+    )
+    with pytest.raises(ValueError, match="no logits.*SFTTrainer"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_the_monitor_counts_what_changed(tiny_llama, rows, tmp_path):

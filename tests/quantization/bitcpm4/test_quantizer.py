@@ -12,7 +12,7 @@ from tolerances import relative_rms
 from transformers_minicpm4.quantization.bitcpm4 import quantizer as module
 from transformers_minicpm4.quantization.bitcpm4.configuration import BitCPM4Config
 from transformers_minicpm4.quantization.bitcpm4.packed_linear import TernaryLinear
-from transformers_minicpm4.quantization.bitcpm4.qat import prepare_qat, qat_layers
+from transformers_minicpm4.quantization.bitcpm4.qat import prepare_qat, qat_layers, set_qat
 from transformers_minicpm4.quantization.bitcpm4.quantizer import (
     BitCPM4Quantizer,
     PackedWeights,
@@ -73,6 +73,17 @@ def test_what_cannot_be_frozen_is_refused_and_untouched(tiny_llama, latents):
         prepare_qat(latents, BitCPM4Config(group_size=16))
     with pytest.raises(TypeError, match="got Linear"):
         freeze(torch.nn.Linear(8, 8))
+
+
+def test_layers_that_do_not_round_are_not_packed(latents, ids):
+    """Packing promises that outputs stay."""
+    set_qat(latents, False)
+    with pytest.raises(ValueError, match=r"rounding is off in 14 of 14.*set_qat\(model, True\)"):
+        freeze(latents)
+    assert len(list(qat_layers(latents))) == 14
+    set_qat(latents, True)
+    before = logits(latents, ids)
+    assert relative_rms(logits(freeze(latents), ids), before) < LOGITS
 
 
 def test_latents_in_memory_become_a_checkpoint_and_stay_as_they_are(latents, ids, tmp_path, tokenizer):
@@ -239,7 +250,10 @@ def test_dense_weights_are_no_fake_quantized_weights(tiny_llama):
 
 
 def test_fake_quantized_weights_are_not_rounded_a_second_time(tiny_llama, tmp_path):
-    model, _ = fused(tiny_llama, 16, torch.float32)
+    model, prepared = fused(tiny_llama, 16, torch.float32)
+    with torch.no_grad():
+        for name, _ in qat_layers(prepared):
+            model.get_submodule(name).weight[:9] = 0  # pruned rows say nothing
     model.save_pretrained(tmp_path / "fused")
     for source in (model, tmp_path / "fused"):
         with pytest.raises(ValueError, match="is ternary already .fake-quantized.*import_fake_quantized"):

@@ -199,6 +199,7 @@ class _Reader:
             for default in (*node.args.defaults, *node.args.kw_defaults):
                 self.check(default, env)
             self.known.clear()  # another environment begins, and ends
+            self.step(len(env))
             self.check(node.body, {**env, **{name: {UNKNOWN} for name in _parameters(node.args)}})
             self.known.clear()
             return
@@ -220,6 +221,7 @@ class _Reader:
 
     def _check_comprehension(self, node, env: dict):
         inner = dict(env)
+        self.step(len(env))
         self.known.clear()
         for generator in node.generators:
             self.check(generator.iter, inner)
@@ -456,6 +458,7 @@ class _Reader:
     def _class(self, node: ast.ClassDef, env: dict, later: dict):
         # Names of a class's body are not seen by its methods: those are read with the environment around the class.
         methods: dict = {}
+        self.step(2 * len(env))
         self.block(node.body, dict(env), methods)
         later.update(dict.fromkeys(methods, dict(env)))
 

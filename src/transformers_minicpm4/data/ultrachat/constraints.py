@@ -32,6 +32,7 @@ from functools import lru_cache
 
 import regex
 
+from ..ultraclean.normalize import unicode_form
 from .json_schemas import compile_schema, drop_nulls, parse_json, schema_errors
 from .reasons import OK, column_of, join_reasons, shorten
 from .text_counts import (
@@ -328,7 +329,7 @@ def _identify(text: str) -> str:
             "The constraint 'language' asks the package py3langid: pip install transformers_minicpm4[data]; "
             "the constraint 'script' needs nothing"
         ) from error
-    return py3langid.classify(text)[0]
+    return py3langid.classify(unicode_form("NFC", text))[0]  # py3langid's own NFC is quadratic in runs of marks
 
 
 def check_constraints(text: str | None, constraints) -> str:

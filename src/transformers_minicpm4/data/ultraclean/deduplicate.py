@@ -8,10 +8,11 @@ MinHash: Broder, "On the resemblance and containment of documents", 1997; throug
 
 import hashlib
 import re
-import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
+
+from .normalize import unicode_form
 
 
 # Scripts written without spaces between words: Han, kana. One character of them counts as one token.
@@ -22,7 +23,7 @@ _EMPTY = 2**32 - 1  # datasketch's value of a set without elements
 
 def tokenize(text: str) -> list[str]:
     """Words, and single characters of Chinese and Japanese, after NFKC and case folding; punctuation is left out."""
-    return _TOKEN.findall(unicodedata.normalize("NFKC", text).casefold())
+    return _TOKEN.findall(unicode_form("NFKC", text).casefold())
 
 
 def shingles(text: str, size: int = 5) -> frozenset[str]:
@@ -336,7 +337,7 @@ class TextHash:
 
 
 def _text_hash(text):
-    text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    text = " ".join(unicode_form("NFKC", text).casefold().split())
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest() if text else ""
 
 

@@ -5,6 +5,7 @@ from functools import lru_cache
 from typing import Any
 
 from .deduplicate import check_texts
+from .normalize import unicode_form
 
 
 @lru_cache(maxsize=4)
@@ -69,7 +70,7 @@ class LanguageTagger:
         for text in check_texts(batch, self.text_column):
             code, confidence = None, None
             if any(map(str.isalpha, text)):
-                code, confidence = identifier.classify(text)
+                code, confidence = identifier.classify(unicode_form("NFC", text))  # py3langid's own NFC is quadratic
                 if confidence <= no_evidence:
                     code, confidence = None, None
             codes.append(code)

@@ -17,7 +17,10 @@ from __future__ import annotations
 import re
 import unicodedata
 from functools import lru_cache
+from itertools import groupby
 from weakref import WeakKeyDictionary
+
+import regex
 
 
 # The paper's tokenizer. Loaded only where somebody asks for it by this name.
@@ -27,6 +30,23 @@ _NEWLINES = re.compile(r"\n{3,}")
 # Code points below are in NFKD form as they are and no marks.
 _FIRST_MARK = "\u0300"
 _DECODED: WeakKeyDictionary = WeakKeyDictionary()
+# All characters whose decomposition begins with a combining class are marks, or these two of half-width kana.
+_MANY_MARKS = regex.compile(r"[\p{M}\uff9e\uff9f]{31,}", regex.V1)
+
+
+def unicode_form(form: str, text: str) -> str:
+    """`unicodedata.normalize`, which sorts a run of marks in quadratic time: long runs come to it sorted."""
+    if text.isascii():
+        return text
+    return unicodedata.normalize(form, _MANY_MARKS.sub(lambda run: _in_canonical_order(form, run[0]), text))
+
+
+def _in_canonical_order(form, marks):
+    """Marks decomposed one by one, and those between two of class 0 stably sorted by class, as Unicode defines it."""
+    decomposition = "NFKD" if "K" in form else "NFD"
+    marks = "".join(unicodedata.normalize(decomposition, mark) for mark in marks)
+    pieces = groupby(marks, key=lambda mark: unicodedata.combining(mark) > 0)
+    return "".join("".join(sorted(piece, key=unicodedata.combining) if moves else piece) for moves, piece in pieces)
 
 
 def normalize(text: str) -> str:
@@ -44,7 +64,7 @@ def normalize(text: str) -> str:
     text = text.lower()
     if text.isascii():
         return text
-    text = unicodedata.normalize("NFKD", text)
+    text = unicode_form("NFKD", text)
     # Few distinct characters, many characters: asking for each one's category once is the fast way.
     marks = [c for c in set(text) if c >= _FIRST_MARK and unicodedata.category(c) == "Mn"]
     return text.translate({ord(mark): None for mark in marks}) if marks else text

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -11,6 +12,9 @@ from pathlib import Path
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".ndjson", ".parquet")
 MANIFEST = "manifest.json"
+SETTINGS = "ultraclean.json"  # the command's own, beside the manifest
+_OF_A_RUN = re.compile(r"(?:part|dropped|rejects)-\d{5,}\.(?:parquet|jsonl)")
+_NO_ROWS = re.compile(rf"{re.escape(MANIFEST)}|{re.escape(SETTINGS)}|rejects-\d{{5,}}\.jsonl")
 
 
 def arrow():
@@ -35,8 +39,40 @@ def read_manifest(path: Path) -> dict | None:
         manifest = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
         return None
-    parts = {"finished", "settings", "inputs", "counts", "shards"}
-    return manifest if isinstance(manifest, dict) and parts <= manifest.keys() else None
+    return manifest if _is_manifest(manifest) else None
+
+
+def _is_manifest(manifest) -> bool:
+    """Whether every entry that is read later is there, and of its type."""
+    kinds = {"finished": bool, "settings": dict, "inputs": dict, "counts": dict, "shards": list}
+    counts = {"read": int, "kept": int, "dropped": dict, "rejected": dict, "blank_lines": int}
+    settings = {"output_format": str, "text_column": (str, type(None))}
+    if not (_holds(manifest, kinds) and _holds(manifest["counts"], counts)):
+        return False
+    reasons = [*manifest["counts"]["dropped"].values(), *manifest["counts"]["rejected"].values()]
+    return (
+        _holds(manifest["settings"], settings)
+        and all(isinstance(count, int) for count in reasons)
+        and all(map(_is_shard, manifest["shards"]))
+    )
+
+
+def _is_shard(shard) -> bool:
+    if not _holds(shard, {"read": int, "files": dict, "position": list}):
+        return False
+    position = shard["position"]
+    return (
+        len(position) == 2
+        and all(isinstance(number, int) for number in position)
+        and all(
+            _holds(file, {"name": str, "rows": int, "bytes": int}) and _OF_A_RUN.fullmatch(file["name"])
+            for file in shard["files"].values()
+        )
+    )
+
+
+def _holds(value, kinds: dict) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key, ...), kind) for key, kind in kinds.items())
 
 
 def read_rows(paths) -> Iterator[dict]:
@@ -108,9 +144,10 @@ class Files:
                 folder = Path(folder)
                 # What is written into an input folder is not input of the same run when it is resumed.
                 folders[:] = [name for name in folders if (folder / name).resolve() != output_dir]
-                found = _kept_files(folder) if MANIFEST in names else None
+                found = _kept_files(folder, names) if MANIFEST in names else None
                 if found is None:
-                    files += (p for name in names if name.endswith(SUFFIXES) and (p := folder / name).is_file())
+                    names = [name for name in names if name.endswith(SUFFIXES) and not _NO_ROWS.fullmatch(name)]
+                    files += (p for name in names if (p := folder / name).is_file())
                 else:
                     runs.append(folder)
                     files += found
@@ -224,10 +261,16 @@ class Files:
                         yield number, size * number // total, Record(path, number, row, reason)
 
 
-def _kept_files(folder):
+def _kept_files(folder, names):
     """Files of rows kept by a run of `process_shards`, without its rejects and its own notes; None if it is no run."""
     manifest = read_manifest(folder / MANIFEST)
     if manifest is None:
+        # Without it nobody can tell the rows of a finished run from those of one that was stopped or replaced.
+        if any(map(_OF_A_RUN.fullmatch, names)):
+            raise ValueError(
+                f"{folder} holds files of a run of process_shards, but its {MANIFEST} is damaged: put that file back, "
+                f"run again into another folder, or name the part files that you want"
+            )
         return None
     if not manifest["finished"]:
         raise ValueError(

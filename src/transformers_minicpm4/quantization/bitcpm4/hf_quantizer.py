@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class BitCPM4HfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: BitCPM4Config, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self.refused: ValueError | None = None  # what was wrong with the first weight that could not be packed
+        self.shapes: dict[str, torch.Size] = {}  # what the config asks for, while weights are read
 
     @property
     def packs(self) -> bool:
@@ -41,11 +43,14 @@ class BitCPM4HfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs) -> None:
         from .peft_support import register_with_peft
-        from .qat import convertible_linears, replace_by_latents
+        from .qat import convertible_linears, qat_layers, replace_by_latents
 
         register_with_peft()
+        self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         if not self.packs:
             replace_by_latents(model, self.quantization_config)
+            for _, layer in qat_layers(model):
+                layer._is_hf_initialized = True  # as below
             return
         from .packed_linear import TernaryLinear
 
@@ -79,18 +84,38 @@ class BitCPM4HfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs) -> None:
         from .packed_linear import TernaryLinear
+        from .qat import TernaryQATLinear, refuse_ternary
 
         if self.refused is not None:
             raise self.refused
+        packed = {name for name, module in model.named_modules() if isinstance(module, TernaryLinear)}
+        for name, tensor in model.state_dict().items():
+            layer, _, part = name.rpartition(".")
+            # `check` looks at packed tensors. Extra states and added buffers have no shape to compare.
+            wanted = None if layer in packed and part != "bias" else self.shapes.get(name)
+            if wanted is not None and tensor.shape != wanted:
+                raise ValueError(_wrong_shape(name, tensor.shape, wanted))
+        self.shapes = {}
         for name, module in model.named_modules():
-            if isinstance(module, TernaryLinear):
-                for part in ("weight", "weight_scale"):
-                    if not getattr(getattr(module, part), "_is_hf_initialized", False):
-                        raise ValueError(
-                            f"{name}.{part} is not in the checkpoint, and a ternary layer cannot do without: a file "
-                            "is incomplete, or config.json belongs to another checkpoint."
-                        )
-                module.check(name)
+            if not isinstance(module, TernaryLinear | TernaryQATLinear):
+                continue
+            for part in ("weight", "weight_scale", "bias"):
+                tensor = getattr(module, part, None)
+                # Offloaded tensors (meta) are new objects, which lost the mark.
+                if tensor is not None and not (tensor.is_meta or getattr(tensor, "_is_hf_initialized", False)):
+                    raise ValueError(
+                        f"{name}.{part} is not in the checkpoint, and a ternary layer cannot do without: a file "
+                        "is incomplete, or config.json belongs to another checkpoint."
+                    )
+            if isinstance(module, TernaryQATLinear):
+                refuse_ternary(module.weight, name)
+                continue
+            module.check(name)
+            if not module.weight_scale.is_meta and bool((module.weight_scale < 0).any()):
+                raise ValueError(
+                    f"{name}.weight_scale has a negative scale: the checkpoint is damaged, or another program wrote "
+                    "it. Scales are 0 or more and signs are in the codes; pack the latents anew."
+                )
 
     def is_serializable(self) -> bool:
         return True
@@ -128,6 +153,13 @@ class BitCPM4HfQuantizer(HfQuantizer):
         model.config.__dict__.pop("_is_quantized", None)
 
 
+def _wrong_shape(name: str, found: Iterable[int], wanted: Iterable[int]) -> str:
+    return (
+        f"{name} has shape {list(found)} in the checkpoint and {list(wanted)} by config.json: a file is damaged, or "
+        "config.json belongs to another checkpoint."
+    )
+
+
 class PackTernary(ConversionOps):
     """
     One dense weight, as it is read, to packed codes and scales by absmean rounding.
@@ -151,9 +183,11 @@ class PackTernary(ConversionOps):
         name = full_layer_name.removesuffix(".weight")
         layer = model.get_submodule(name)
         try:
+            if tuple(weight.shape) != (layer.out_features, layer.in_features):
+                raise ValueError(_wrong_shape(full_layer_name, weight.shape, (layer.out_features, layer.in_features)))
             codes, scales = round_layer(weight, layer.group_size, layer.weight_scale.dtype, name)
         except ValueError as error:
             self.hf_quantizer.refused = self.hf_quantizer.refused or error
-            codes = torch.zeros_like(weight, dtype=torch.int8)
+            codes = torch.zeros((layer.out_features, layer.in_features), dtype=torch.int8, device=weight.device)
             scales = torch.zeros_like(layer.weight_scale, device=weight.device)
         return {f"{name}.weight": pack_ternary(codes), f"{name}.weight_scale": scales}

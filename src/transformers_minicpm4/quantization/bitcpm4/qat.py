@@ -26,7 +26,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging
 
 from .configuration import QUANT_METHOD, BitCPM4Config
-from .ternary import fake_quantize, inputs_per_group, ternary_codes_and_scales
+from .ternary import detect_group_size, fake_quantize, inputs_per_group, ternary_codes_and_scales
 
 
 logger = logging.get_logger(__name__)
@@ -125,7 +125,7 @@ def prepare_qat(model: PreTrainedModel, config: BitCPM4Config | None = None) -> 
         `model`.
 
     Raises:
-        ValueError: the model is quantized already, or the config does not fit it.
+        ValueError: the model is quantized already, its values are ternary already, or the config does not fit it.
     """
     config = BitCPM4Config() if config is None else config
     if config.weight_format != "latent":
@@ -140,9 +140,17 @@ def prepare_qat(model: PreTrainedModel, config: BitCPM4Config | None = None) -> 
 
 
 def replace_by_latents(model: PreTrainedModel, config: BitCPM4Config) -> None:
-    """Put a `TernaryQATLinear` in the place of every linear layer that `config` converts."""
+    """
+    Put a `TernaryQATLinear` in the place of every linear layer that `config` converts.
+
+    Raises:
+        ValueError: a weight is ternary already, or the config does not fit; nothing is changed then.
+    """
     scale_dtype = getattr(torch, config.scale_dtype)
-    for name, linear in convertible_linears(model, config).items():
+    linears = convertible_linears(model, config)
+    for name, linear in linears.items():
+        refuse_ternary(linear.weight, name)
+    for name, linear in linears.items():
         if linear.weight.dtype in (torch.float16, torch.bfloat16):
             logger.warning_once(
                 f"Latent weights in {linear.weight.dtype} swallow small updates. Load with dtype=torch.float32 to "
@@ -176,12 +184,35 @@ def refuse_quantized(model: PreTrainedModel) -> None:
     if method == QUANT_METHOD:
         raise ValueError(
             f"this model is a BitCPM4 model with {form} weights already. "
-            + ("Train it as it is, or pack it with freeze." if form == "latent" else "Call model.dequantize() first.")
+            + (
+                "Train it as it is, or pack it with freeze."
+                if form == "latent"
+                else "Train LoRA adapters beside them, or all weights from the latents or the dense checkpoint that "
+                "they were made from; dequantized they stay ternary, and are no latents."
+            )
         )
     raise ValueError(
         f"this model is quantized with {method} already; ternary weights are made from unquantized ones. Load the "
         "original checkpoint, or call model.dequantize() first."
     )
+
+
+def refuse_ternary(weight: torch.Tensor, name: str) -> None:
+    """
+    Raises:
+        ValueError: the weight `[O, I]` is ternary already; names the layer. Absmean would shrink its scales.
+    """
+    if weight.is_meta or weight.dim() != 2:  # not read yet, or partitioned
+        return
+    # A few rows rule out nearly every weight. Rows of zeros (pruned) say nothing.
+    rows = weight.detach().any(1).nonzero()[:8, 0]
+    if detect_group_size(weight[rows]) is not None:
+        raise ValueError(
+            f"{name} is ternary already (fake-quantized): rounding it by absmean would shrink its scales to 0.6 to "
+            "0.8 of their size. Pack such weights with import_fake_quantized, which is exact, and train LoRA adapters "
+            "beside them; to train or round all weights, take the latents or the dense checkpoint that they were made "
+            "from. If this layer alone is ternary, name it in modules_to_not_convert."
+        )
 
 
 def quantization_of(config: object) -> tuple[str, str | None]:
@@ -298,6 +329,9 @@ class QATStartCallback(TrainerCallback):
 
     Raises:
         ValueError: both or none given, or out of range.
+
+    Warns:
+        UserWarning: training ended before QAT began, or `load_best_model_at_end` may go back to before it.
     """
 
     def __init__(self, qat_share: float | None = None, start_step: int | None = None):
@@ -310,19 +344,40 @@ class QATStartCallback(TrainerCallback):
         self.qat_share = qat_share
         self.start_step = start_step
 
+    def _start(self, state) -> int:
+        return qat_start_step(state.max_steps, self.qat_share) if self.start_step is None else self.start_step
+
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        start = qat_start_step(state.max_steps, self.qat_share) if self.start_step is None else self.start_step
-        set_qat(model, state.global_step >= start)
+        set_qat(model, state.global_step >= self._start(state))
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         _require_latents(model, type(self).__name__)
+        start = self._start(state)
+        if args.load_best_model_at_end and start > 0:
+            warnings.warn(
+                f"load_best_model_at_end=True with QAT from step {start} on: the best evaluation may be one in full "
+                "precision from before QAT, and its weights were not trained to be ternary. Set it to False, or "
+                "train the two stages in two runs.",
+                stacklevel=2,
+            )
         self.on_step_begin(args, state, control, model=model)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        if not all(layer.quantize for _, layer in qat_layers(model)):
+            warnings.warn(
+                f"training ended at step {state.global_step} of {state.max_steps} before QAT began (step "
+                f"{self._start(state)}): the weights were not trained to be ternary. Train on, or start QAT earlier "
+                "(qat_share, start_step).",
+                stacklevel=2,
+            )
 
 
 class DistillationCallback(TrainerCallback):
     """
     Adds a teacher to the loss from one step on: `(1 - weight) * loss + weight * KL(teacher || student)`, both means
-    over the tokens that have labels. Works with every trainer that takes the loss from the model's output.
+    over the tokens that have labels. Works with every trainer that takes the loss from the model's output and lets
+    the model compute logits: `Trainer` does (without label smoothing, a loss function of its own, or Liger's fused
+    loss), TRL's `SFTTrainer` 1.16 does not. The first training pass says so, not the first one with the teacher.
 
     Args:
         teacher: a causal LM with the student's vocabulary, as a rule the checkpoint that QAT started from. It is
@@ -369,13 +424,21 @@ class DistillationCallback(TrainerCallback):
             self._hook = None
 
     def _add_teacher(self, module, args, kwargs, output):
-        if not (self.active and module.training):
+        if not module.training:
             return output
-        if output.loss is None or getattr(output, "logits", None) is None:
+        # Before distillation starts too: half a run would be lost otherwise.
+        missing = [part for part in ("loss", "logits") if getattr(output, part, None) is None]
+        if missing:
             raise ValueError(
-                "DistillationCallback needs the model's loss and logits in its output. Train with labels, and switch "
-                "off fused losses that skip the logits (use_liger_kernel=False)."
+                f"DistillationCallback needs the model's loss and logits, and its output has no "
+                f"{' and no '.join(missing)}. Either the batches have no labels, or the trainer computes the loss "
+                "itself: TRL's SFTTrainer (1.16: with every loss_type) skips the logits, label_smoothing_factor and "
+                "compute_loss_func keep the labels from the model, and use_liger_kernel fuses logits into the loss. "
+                "Use transformers.Trainer with label_smoothing_factor=0, no compute_loss_func, "
+                "use_liger_kernel=False."
             )
+        if not self.active:
+            return output
         inputs = {name: kwargs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in kwargs}
         with torch.no_grad():
             teacher = self.teacher(*args, **inputs, use_cache=False).logits

@@ -23,7 +23,7 @@ from ..export.ternary_gptq import ternary_weight
 from ..quantized_weight import QuantizedWeight
 from .configuration import QUANT_METHOD, BitCPM4Config
 from .packed_linear import TernaryLinear
-from .qat import convertible_linears, mark_quantized, qat_layers, quantization_of, refuse_quantized
+from .qat import convertible_linears, mark_quantized, qat_layers, quantization_of, refuse_quantized, refuse_ternary
 from .ternary import detect_group_size, fused_codes_and_scales, ternary_codes_and_scales
 from .ternary_packing import unpack_ternary
 
@@ -141,7 +141,8 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises:
         TypeError: not a model of Transformers, such as a PEFT wrapper around one.
-        ValueError: no latents, adapters not merged, or weights that are NaN or infinite; nothing is changed then.
+        ValueError: no latents, adapters not merged, rounding switched off, or weights that are NaN or infinite;
+            nothing is changed then.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -158,6 +159,13 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(
             "this model has no latents to pack. Train it with BitCPM4Config() first; to round dense weights without "
             "training, use BitCPM4Quantizer; for released fake-quantized weights, import_fake_quantized."
+        )
+    off = [name for name, layer in layers.items() if not layer.quantize]
+    if off:
+        raise ValueError(
+            f"rounding is off in {len(off)} of {len(layers)} ternary layers ({off[0]}, ...), which compute in full "
+            "precision: packed they would compute something else. It is off until QAT starts (QATStartCallback) or "
+            "after set_qat(model, False). Train on, or call set_qat(model, True) to pack the weights as they are."
         )
     for name, layer in layers.items():
         _check_finite(layer.weight, name)
@@ -356,11 +364,7 @@ def round_layer(
 
 def _check_dense(weight: torch.Tensor, name: str) -> None:
     _check_finite(weight, name)
-    if detect_group_size(weight[:8]) is not None:
-        raise ValueError(
-            f"{name} is ternary already (fake-quantized): rounding it by absmean would shrink its scales. Use "
-            "import_fake_quantized, which is exact."
-        )
+    refuse_ternary(weight, name)
 
 
 def _check_finite(weight: torch.Tensor, name: str) -> None:
