@@ -4,7 +4,7 @@
 PYTHON ?=
 ARGS ?=
 VENV := .venv
-# In GB, checked before .venv is made. CPU build of torch: 2.9 stay, the rest is room for pip's downloads and the weights.
+# In GB, checked before .venv is made. CPU build of torch: 3.3 stay, the rest is room for pip's downloads and the weights.
 NEED_GB := 5
 
 # Two threads, so that figures compare between machines; nothing calls home. `make demo HF_HUB_OFFLINE=0` opens the Hub.

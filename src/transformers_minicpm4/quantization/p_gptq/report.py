@@ -120,7 +120,7 @@ def draw_errors(path: Path, rows: list[dict[str, Any]]) -> bool:
     lines = -(-len(kinds) // columns)
     figure = Figure(figsize=(3.2 * columns, 2.6 * lines), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(lines, columns, squeeze=False, sharex=True).flat
+    panels = list(figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flat)
     for panel, (kind, found) in zip(panels, kinds.items(), strict=False):
         blocks = [row["block"] for row in found]
         panel.semilogy(blocks, [row["rounding_error"] for row in found], ".-", color="0.6", label="plain rounding")
@@ -128,7 +128,7 @@ def draw_errors(path: Path, rows: list[dict[str, Any]]) -> bool:
         panel.set_title(kind, fontsize=9)
         panel.tick_params(labelsize=7)
         panel.grid(alpha=0.3)
-    for panel in list(panels)[len(kinds) :]:
+    for panel in panels[len(kinds) :]:
         panel.set_visible(False)
     figure.supxlabel("block", fontsize=9)
     figure.supylabel("share of the outputs' energy that is error", fontsize=9)
