@@ -97,7 +97,7 @@ def run(args) -> None:
     tokenizer = load_tokenizer(args.model)
     inputs = encode(tokenizer, prompt, args)
     max_new_tokens = room_for_answer(inputs["input_ids"].shape[1], args.max_new_tokens, config)
-    model = load_model(args, config, attn_implementation, device, folder)
+    model = load_model(args, config, attn_implementation, device)
     answer(model, tokenizer, with_prefix(model, inputs.to(device), folder), max_new_tokens, args)
 
 
@@ -239,7 +239,7 @@ def with_prefix(model, inputs, folder: Path) -> dict:
         raise UserError(one_line(error)) from error
 
 
-def load_model(args, config, attn_implementation: str | None, device, folder: Path):
+def load_model(args, config, attn_implementation: str | None, device):
     import importlib.util
 
     import torch
@@ -254,7 +254,9 @@ def load_model(args, config, attn_implementation: str | None, device, folder: Pa
         if attn_implementation is not None:
             config._attn_implementation = attn_implementation
         try:
-            return load_gptq(folder, None if args.dtype == "auto" else getattr(torch, args.dtype), config).to(device)
+            return load_gptq(
+                locate(args.model), None if args.dtype == "auto" else getattr(torch, args.dtype), config
+            ).to(device)
         except (OSError, ValueError) as error:
             raise UserError(f"The weights of {args.model!r} cannot be loaded: {one_line(error)}") from error
     dtype = "auto" if args.dtype == "auto" else getattr(torch, args.dtype)
