@@ -69,14 +69,10 @@ def ternarize(args: argparse.Namespace) -> None:
     if args.fake_quantized:
         if args.group_size is not None:
             raise UserError("--group-size is found from --fake-quantized weights; leave it out")
-        from transformers import AutoTokenizer
+        from transformers_minicpm4.quantization.export.checkpoint_files import own_tokenizer
 
         model = import_fake_quantized(args.model)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(args.model)
-        except (OSError, ValueError):
-            tokenizer = None
-        folder = save_packed(model, args.output, tokenizer, args.max_shard_size)
+        folder = save_packed(model, args.output, own_tokenizer(args.model), args.max_shard_size)
     else:
         options = {} if args.group_size is None else {"group_size": args.group_size}
         quantizer = BitCPM4Quantizer.from_pretrained(args.model, **options)

@@ -139,12 +139,11 @@ class PrefixCache:
         width = prefix.shape[1]
         if input_ids.shape[1] > width and bool((input_ids[:, :width] == prefix).all() and mask[:, :width].all()):
             return input_ids, mask
-        if input_ids.shape[1]:
-            # Each row's first real tokens, wherever its padding ends.
-            starts = mask.long().argmax(-1, keepdim=True) + torch.arange(width, device=mask.device)
-            places = starts.clamp(max=input_ids.shape[1] - 1)
-            own = (input_ids.gather(1, places) == prefix).all(-1) & (mask.sum(-1) > width)
-            mask = mask.scatter(1, places, mask.gather(1, places) * ~own[:, None])
         if input_ids.shape[1] == 0:
             raise ValueError("an empty prompt was given; a token must follow the prefix")
+        # Each row's first real tokens, wherever its padding ends.
+        starts = mask.long().argmax(-1, keepdim=True) + torch.arange(width, device=mask.device)
+        places = starts.clamp(max=input_ids.shape[1] - 1)
+        own = (input_ids.gather(1, places) == prefix).all(-1) & (mask.sum(-1) > width)
+        mask = mask.scatter(1, places, mask.gather(1, places) * ~own[:, None])
         return torch.cat([prefix, input_ids], dim=1), torch.cat([torch.ones_like(prefix).to(mask.dtype), mask], dim=1)

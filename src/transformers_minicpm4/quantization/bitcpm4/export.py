@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ..export.checkpoint_files import own_tokenizer
 from ..export.gptq import save_gptq
 from .quantizer import PackedWeights
 
@@ -34,10 +35,7 @@ def export_ternary(
         model = model_or_path
     else:
         model = AutoModelForCausalLM.from_pretrained(model_or_path)
-        try:
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(model_or_path)
-        except (OSError, ValueError):
-            tokenizer = None  # the writers say where they need one
+        tokenizer = tokenizer or own_tokenizer(model_or_path)  # the writers say where they need one
     weights = PackedWeights(model)
     if not weights:
         raise ValueError(f"this {type(model).__name__} has no packed ternary layer; load a packed checkpoint")

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from optimum.quantization_base import OptimumQuantizer
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from ..export.checkpoint_files import new_folder
+from ..export.checkpoint_files import new_folder, own_tokenizer
 from ..export.ternary_gptq import ternary_weight
 from ..quantized_weight import QuantizedWeight
 from .configuration import QUANT_METHOD, BitCPM4Config
@@ -117,7 +117,7 @@ class BitCPM4Quantizer(OptimumQuantizer):
             model = freeze(model) if self.config is None else round_to_ternary(model, self.config)
         else:
             if tokenizer is None:
-                tokenizer = _tokenizer(source)
+                tokenizer = own_tokenizer(source)
             if self.config is None:
                 model = freeze(AutoModelForCausalLM.from_pretrained(source))
             else:
@@ -405,13 +405,6 @@ def _warn_rounding() -> None:
         "Rounding dense weights to ternary without training ruins a model that was not trained for it: train latents "
         "first (quantization_config=BitCPM4Config())."
     )
-
-
-def _tokenizer(source: str | Path) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError):
-        return None  # a folder of weights alone
 
 
 def _write_card(folder: Path, model: PreTrainedModel, name: str, base_model: str | None) -> None:

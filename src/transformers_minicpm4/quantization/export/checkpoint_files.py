@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers import AutoTokenizer
 
 
 SINGLE = "model.safetensors"
@@ -81,6 +82,14 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged: a JSON object is expected, it holds a {type(content).__name__}.")
     return content
+
+
+def own_tokenizer(source: str | os.PathLike):
+    """The tokenizer beside a checkpoint's weights, or `None` where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_size: int | str) -> None:

@@ -33,9 +33,6 @@ class PGPTQHfQuantizer(HfQuantizer):
             raise ValueError("PGPTQConfig has no calibration data; give it dataset= (texts, token rows, a Dataset)")
         self._quantizer = None
 
-    def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype | None:
-        return dtype
-
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         from ..export.gptq import gptq_config, partial_layers
         from .quantizer import PGPTQQuantizer

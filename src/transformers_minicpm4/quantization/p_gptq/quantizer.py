@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
 from transformers.utils import logging
 
 from ...model.prefix_cache import PrefixCache
+from ..export.checkpoint_files import own_tokenizer
 from ..export.gptq import save_gptq
 from ..packing import pack_unit
 from ..quantized_weight import QuantizedWeight
@@ -474,12 +475,8 @@ class PGPTQQuantizer(OptimumQuantizer):
         given = self.config.tokenizer
         if given is not None:
             return AutoTokenizer.from_pretrained(given) if isinstance(given, str | Path) else given
-        if self.source is None:
-            return None
-        try:
-            return AutoTokenizer.from_pretrained(self.source)
-        except (OSError, ValueError):
-            return None  # a checkpoint without one; texts for calibration then say what is missing
+        # Where a checkpoint has none, texts for calibration say what is missing.
+        return None if self.source is None else own_tokenizer(self.source)
 
     def _name(self, model: PreTrainedModel) -> str:
         return self.source or getattr(model.config, "_name_or_path", "") or type(model).__name__

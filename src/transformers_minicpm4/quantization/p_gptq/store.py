@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from ..export.checkpoint_files import new_file
 from ..packing import pack_codes, unpack_codes
 from ..quantized_weight import QuantizedWeight
 
@@ -106,23 +107,27 @@ class Store(Mapping):
         return rows
 
     def __getitem__(self, name: str) -> QuantizedWeight:
-        return self.block(self._homes[name])[name]
+        tensors = self._load(self._homes[name])
+        return self._weight(tensors, name, *self._notes(tensors)["weights"][name])
 
     def block(self, index: int) -> dict[str, QuantizedWeight]:
         """All quantized weights of a block."""
         tensors = self._load(index)
-        return {
-            name: QuantizedWeight(
-                codes=unpack_codes(tensors[f"codes:{name}"], bits, dim=1),
-                scales=tensors[f"scales:{name}"],
-                zeros=tensors[f"zeros:{name}"],
-                bits=bits,
-                group_size=group_size,
-                symmetric=symmetric,
-                bias=tensors.get(f"bias:{name}"),
-            )
-            for name, (bits, group_size, symmetric) in self._notes(tensors)["weights"].items()
-        }
+        return {name: self._weight(tensors, name, *facts) for name, facts in self._notes(tensors)["weights"].items()}
+
+    @staticmethod
+    def _weight(
+        tensors: dict[str, torch.Tensor], name: str, bits: int, group_size: int, symmetric: bool
+    ) -> QuantizedWeight:
+        return QuantizedWeight(
+            codes=unpack_codes(tensors[f"codes:{name}"], bits, dim=1),
+            scales=tensors[f"scales:{name}"],
+            zeros=tensors[f"zeros:{name}"],
+            bits=bits,
+            group_size=group_size,
+            symmetric=symmetric,
+            bias=tensors.get(f"bias:{name}"),
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._homes)
@@ -145,12 +150,7 @@ class Store(Mapping):
 
     @staticmethod
     def _write(path: Path, data: bytes) -> None:
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with partial.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with new_file(path) as partial, partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
