@@ -23,6 +23,11 @@ TOLERANCES = {
     "fold_float32": (4e-6, 1.0e-6),
     "kernel_logits_float32": (3.9e-6, 9.9e-7),
     "kernel_gradient_float32": (1.4e-5, 3.7e-6),
+    # absolute, float32: log-probabilities in nats, of order 1 to 5
+    "behavior_logprobs_float32": (1.6e-5, 4.3e-6),
+    "grpo_loss": (4e-7, 1.1e-7),
+    "grpo_weights": (1e-6, 2.5e-7),
+    "grpo_gradient_float32": (3e-6, 7.8e-7),  # relative
 }
 
 
