@@ -1,5 +1,6 @@
 """`optimum-cli minicpm4 quantize|ternarize|export`, as optimum runs it."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -10,6 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from optimum.commands.register.register_minicpm4 import (
+    export_arguments,
+    quantize_arguments,
+    ternarize_arguments,
+)
 from small_models import SIZES, logits, make
 from transformers_minicpm4.quantization.export.gptq import load_gptq
 
@@ -70,6 +76,56 @@ def test_ternarize_then_export(source, tmp_path):
     assert torch.allclose(logits(read), logits(packed), atol=1e-4 * float(logits(packed).abs().max()))
     refused = cli("ternarize", tmp_path / "ternary", "-o", tmp_path / "twice", code=2)
     assert "packed ternary already" in refused.stderr
+
+
+@pytest.mark.parametrize("fake_quantized", [False, True])
+def test_ternarize_stores_the_rest_in_the_dtype_asked_for(source, tmp_path, fake_quantized):
+    """Half the embeddings; codes and scales are what they are without it."""
+    cli("ternarize", source, "-o", tmp_path / "plain", "--group-size", 32)
+    given, options = source, ["--group-size", 32]
+    if fake_quantized:
+        AutoModelForCausalLM.from_pretrained(tmp_path / "plain").dequantize().save_pretrained(tmp_path / "fake")
+        given, options = tmp_path / "fake", ["--fake-quantized"]
+    cli("ternarize", given, "-o", tmp_path / "half", "--dtype", "bfloat16", *options)
+    plain, half = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("plain", "half"))
+    assert plain.keys() == half.keys()
+    for name, tensor in half.items():
+        packed = tensor.dtype == torch.uint8 or name.endswith("weight_scale")
+        assert tensor.dtype == (plain[name].dtype if packed else torch.bfloat16)
+        assert torch.equal(tensor, plain[name].to(tensor.dtype))
+
+
+def test_every_option_says_its_default():
+    for arguments in (quantize_arguments, ternarize_arguments, export_arguments):
+        parser = argparse.ArgumentParser()
+        arguments(parser)
+        for action in parser._actions:
+            if action.option_strings and not action.required and action.dest != "help":
+                assert "(default: " in action.help, action.option_strings
+                if action.default not in (None, False):
+                    assert f"(default: {action.default})" in action.help
+
+
+def test_the_defaults_that_help_names_are_those_of_the_configs():
+    from transformers_minicpm4 import PGPTQConfig
+    from transformers_minicpm4.quantization.bitcpm4.configuration import BitCPM4Config
+
+    parser = argparse.ArgumentParser()
+    quantize_arguments(parser)
+    texts = {action.dest: action.help for action in parser._actions}
+    plain, preset = PGPTQConfig(), PGPTQConfig.minicpm4()
+    for name in ("bits", "group_size", "batch_size", "seed"):
+        assert f"(default: {getattr(plain, name)})" in texts[name]
+    for name in ("num_samples", "max_length"):
+        assert f"(default: {getattr(plain, name)}; {getattr(preset, name)} with --preset)" in texts[name]
+    assert (plain.sym, plain.skip_first, plain.prefix_weight) == (True, 4, 1)
+    words = (
+        f"{preset.bits} bits, groups of {preset.group_size}, {preset.num_samples} rows of {preset.max_length} tokens"
+    )
+    assert words in texts["preset"]
+    parser = argparse.ArgumentParser()
+    ternarize_arguments(parser)
+    assert f"(default: {BitCPM4Config().group_size})" in {a.dest: a.help for a in parser._actions}["group_size"]
 
 
 def test_help_is_light_and_teaches(tmp_path):

@@ -60,23 +60,29 @@ def quantize(args: argparse.Namespace) -> None:
 
 def ternarize(args: argparse.Namespace) -> None:
     refuse_missing(args.model)
+    import torch
+
     from transformers_minicpm4.quantization.bitcpm4.quantizer import (
         BitCPM4Quantizer,
+        cast_rest,
         import_fake_quantized,
         save_packed,
     )
 
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
     if args.fake_quantized:
         if args.group_size is not None:
             raise UserError("--group-size is found from --fake-quantized weights; leave it out")
         from transformers_minicpm4.quantization.export.checkpoint_files import own_tokenizer
 
         model = import_fake_quantized(args.model)
+        if dtype is not None:
+            cast_rest(model, dtype)
         folder = save_packed(model, args.output, own_tokenizer(args.model), args.max_shard_size)
     else:
         options = {} if args.group_size is None else {"group_size": args.group_size}
         quantizer = BitCPM4Quantizer.from_pretrained(args.model, **options)
-        folder = quantizer.quantize(args.output, max_shard_size=args.max_shard_size)
+        folder = quantizer.quantize(args.output, max_shard_size=args.max_shard_size, dtype=dtype)
     size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
     print(f"{folder}: {size / 1e6:,.1f} MB, packed ternary")
 

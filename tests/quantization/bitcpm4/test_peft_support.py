@@ -1,6 +1,7 @@
 """LoRA around latents and beside packed weights, with the real PEFT."""
 
 import copy
+import dataclasses
 import subprocess
 import sys
 
@@ -265,3 +266,88 @@ def test_plain_linear_layers_are_left_to_peft(tiny_llama):
     packed(tiny_llama)  # registers
     model = with_adapter(tiny_llama(), scale=0.1)
     assert type(model.base_model.model.model.layers[0].mlp.up_proj) is peft.tuners.lora.layer.Linear
+
+
+TARGETS = ["q_proj", "up_proj"]
+
+
+def other_methods():
+    """PEFT's methods that change linear layers, all but LoRA, at sizes that fit; found, not listed: new ones count."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    changes = {
+        "IA3": {"feedforward_modules": ["up_proj"]},
+        "ADALORA": {"total_step": 10},
+        "C3A": {"block_size": 16},
+        "ROAD": {"group_size": 16},
+        "VBLORA": {"vector_length": 16},
+    }
+    elsewhere = {"LORA", "LN_TUNING", "TRAINABLE_TOKENS", "ADAPTION_PROMPT", "SHADOW", "XLORA"}
+    for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items():
+        fields = {field.name for field in dataclasses.fields(config)}
+        if kind.value not in elsewhere and "target_modules" in fields:
+            yield pytest.param(config, {"target_modules": TARGETS, **changes.get(kind.value, {})}, id=kind.value)
+
+
+@pytest.mark.parametrize("build", [latents, packed])
+@pytest.mark.parametrize("kind, fields", list(other_methods()))
+def test_methods_other_than_lora_are_refused_by_name(tiny_llama, ids, build, kind, fields):
+    """Their merge would be another model (latents), or end in an error about shapes (packed)."""
+    try:
+        config = kind(**fields)
+    except ImportError as error:
+        pytest.skip(str(error))
+    model = build(tiny_llama)
+    wanted = logits(model, ids)
+    name = config.peft_type.value
+    with pytest.raises(
+        ValueError, match=rf"^{name} is not available on ternary layers, and .*q_proj is one: .*only LoRA"
+    ):
+        peft.get_peft_model(model, config)
+    assert torch.equal(logits(model, ids), wanted)
+
+
+def test_other_methods_are_refused_beside_lora_too(tiny_llama):
+    model = peft.get_peft_model(packed(tiny_llama), peft.LoraConfig(target_modules=TARGETS), mixed=True)
+    with pytest.raises(ValueError, match="LOHA is not available on ternary layers, and .*q_proj"):
+        model.add_adapter("second", peft.LoHaConfig(target_modules=TARGETS))
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type.*RMSNorm")  # PEFT 0.21 does not know the norm's shape
+def test_other_methods_work_where_nothing_is_ternary(tiny_llama, ids):
+    """On a layer that stayed dense, on norms, as a prompt; and merge exactly where they merge."""
+    base = freeze(prepare_qat(tiny_llama(), BitCPM4Config(group_size=16, modules_to_not_convert=["q_proj"])))
+    for config in (
+        peft.LoHaConfig(target_modules=["q_proj"], init_weights=False),
+        peft.LNTuningConfig(target_modules=["input_layernorm"]),
+    ):
+        model = peft.get_peft_model(copy.deepcopy(base), config)
+        wanted = logits(model, ids)
+        assert relative_rms(logits(model.merge_and_unload(), ids), wanted) < MERGED
+    model = peft.get_peft_model(copy.deepcopy(base), peft.PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=2))
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize(
+    "build, fields, words",
+    [
+        (packed, {"target_parameters": ["q_proj.weight"], "target_modules": []}, "target_parameters with .*q_proj"),
+        (latents, {"target_parameters": ["q_proj.weight"], "target_modules": []}, "target_parameters with .*q_proj"),
+        (packed, {"modules_to_save": ["down_proj"], "target_modules": TARGETS}, "modules_to_save=.*down_proj.*packed"),
+        (packed, {"use_qalora": True}, "use_qalora: not available"),
+        (latents, {"fan_in_fan_out": True}, "fan_in_fan_out: not available"),
+        (packed, {"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"}, "alora_invocation_tokens: not available"),
+    ],
+)
+def test_what_lora_cannot_do_on_ternary_layers_is_named(tiny_llama, build, fields, words):
+    with pytest.raises(ValueError, match=words):
+        with_adapter(build(tiny_llama), **fields)
+
+
+def test_x_lora_is_refused(tiny_llama, tmp_path):
+    model = packed(tiny_llama)
+    model.config.use_cache = False
+    config = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=64, adapters={"0": str(tmp_path)})
+    with pytest.raises(ValueError, match="XLORA is not available on models with ternary layers such as model"):
+        peft.get_peft_model(model, config)

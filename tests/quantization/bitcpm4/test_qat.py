@@ -344,6 +344,42 @@ def test_a_short_qat_stage_warns_and_stages_that_do_not_fit_are_refused():
         rates(100, qat_share=0.0)
 
 
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"num_training_steps": 0}, "num_training_steps is a whole number of steps, 1 or more; got 0"),
+        ({"num_training_steps": 10.0}, "num_training_steps is a whole number of steps, 1 or more; got 10.0"),
+        ({"qat_share": 1.1}, "qat_share is a share of the steps, above 0 and at most 1; got 1.1"),
+        ({"qat_share": float("nan")}, "qat_share is a share of the steps, above 0 and at most 1; got nan"),
+        ({"num_warmup_steps": -1}, "num_warmup_steps is a whole number of steps, 0 or more; got -1"),
+        ({"num_rewarmup_steps": -2}, "num_rewarmup_steps is a whole number of steps, 0 or more; got -2"),
+        ({"num_rewarmup_steps": 2.5}, "num_rewarmup_steps is a whole number of steps, 0 or more; got 2.5"),
+        ({"decay_share": -0.1}, "decay_share is a share of the steps, 0 to 1; got -0.1"),
+        ({"decay_share": 1.5}, "decay_share is a share of the steps, 0 to 1; got 1.5"),
+        ({"qat_lr_ratio": 0.0}, "qat_lr_ratio is a factor on the optimizer's learning rate, above 0; got 0.0"),
+        (
+            {"qat_lr_ratio": float("inf")},
+            "qat_lr_ratio is a factor on .* rate, above 0; got inf",
+        ),
+        ({"min_lr_ratio": -0.1}, "min_lr_ratio is where the decay ends, 0 to qat_lr_ratio=0.5, where .* got -0.1"),
+        ({"min_lr_ratio": 0.6}, "min_lr_ratio is where the decay ends, 0 to qat_lr_ratio=0.5, where .* got 0.6"),
+        ({"last_epoch": -2}, "last_epoch is a whole number of steps, -1 or more; got -2"),
+        ({"qat_share": 1.0, "num_warmup_steps": 5}, "0 steps before QAT hold 5 of warmup"),
+    ],
+    ids=str,
+)
+def test_each_argument_of_the_schedule_has_its_range(fields, words):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-2)
+    with pytest.raises(ValueError, match=f"(?s).*{words}"):
+        rewarmed_wsd_schedule(optimizer, **{"num_training_steps": 100, **fields})
+
+
+def test_the_edges_of_the_schedule_are_allowed():
+    assert rates(10, qat_share=1.0, num_rewarmup_steps=0, decay_share=0, qat_lr_ratio=1.0)[0] == [1e-2] * 10
+    found, _ = rates(10, qat_share=1.0, num_rewarmup_steps=0, decay_share=1.0, qat_lr_ratio=1.0, min_lr_ratio=1.0)
+    assert found == pytest.approx([1e-2] * 10)
+
+
 # -------------------------------------------------------------------------------------------- distillation and monitor
 
 
@@ -442,25 +478,101 @@ def test_distillation_without_loss_or_logits_fails_on_the_first_step(tiny_llama,
             steps.append(state.global_step)
 
     callbacks = [DistillationCallback(tiny_llama(), start_share=0.9), Count()]
-    with pytest.raises(ValueError, match="output has no loss. .*SFTTrainer.*loss_type.*label_smoothing_factor.*liger"):
+    with pytest.raises(ValueError, match="output has no loss. .*label_smoothing_factor.*liger.*SFTTrainer"):
         train(prepare(tiny_llama), rows, tmp_path, callbacks=callbacks, label_smoothing_factor=0.1)
     assert not steps
 
 
-def test_distillation_in_the_sft_trainer_fails_on_the_first_step(tiny_llama, tokenizer, tmp_path):
+def sft(trl, model, tokenizer, folder, texts, callbacks, **changes):
+    fields = {
+        "output_dir": str(folder),
+        "learning_rate": 0.05,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        **changes,
+    }
+    return trl.SFTTrainer(
+        model=model,
+        args=trl.SFTConfig(**fields),
+        train_dataset=Dataset.from_dict({"text": texts}),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+
+
+@pytest.mark.parametrize("size, accumulated", [(2, 3), (6, 1)])
+def test_distillation_in_the_sft_trainer_is_the_mixed_loss(tiny_llama, tokenizer, tmp_path, size, accumulated):
+    """
+    Losses, metrics and weights, against a loop of our own over the same six uneven rows one by one: a step without the
+    teacher and two with it.
+    """
     trl = pytest.importorskip("trl")
     if Version(trl.__version__) < Version("1.16"):
-        pytest.skip("TRL before 1.16 computes logits")
-    trainer = trl.SFTTrainer(
-        model=prepare(tiny_llama),
-        args=trl.SFTConfig(
-            output_dir=str(tmp_path), max_steps=4, report_to="none", use_cpu=True, bf16=False, save_strategy="no"
-        ),
-        train_dataset=Dataset.from_dict({"text": ["w3 w4 w5 w6"] * 40}),
-        processing_class=tokenizer,
-        callbacks=[DistillationCallback(tiny_llama(), start_share=0.9)],
-    )
-    with pytest.raises(ValueError, match="no logits.*SFTTrainer"):
+        pytest.skip("TRL before 1.16 hands over logits")
+    texts = [" ".join(f"w{3 + (7 * row + step) % 90}" for step in range(4 + row)) for row in range(6)]
+    torch.manual_seed(3)
+    teacher = tiny_llama(initializer_range=0.1)
+    model, by_hand = prepare(tiny_llama), prepare(tiny_llama).train()
+    callback = DistillationCallback(teacher, start_share=0.3, weight=0.7, temperature=2.0)
+    batches = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated}
+    trainer = sft(trl, model, tokenizer, tmp_path, texts, [callback], max_steps=3, **batches)
+    trainer.train()
+
+    optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.05)
+    rows = [torch.tensor([row["input_ids"]]) for row in trainer.train_dataset]
+    count = sum(row.shape[1] - 1 for row in rows)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 3
+    for step in range(3):
+        total = entropy = right = 0.0
+        for row in rows:
+            found = by_hand(row).logits[0, :-1]
+            own = F.cross_entropy(found, row[0, 1:], reduction="sum")
+            with torch.no_grad():
+                p = (teacher(row).logits[0, :-1] / 2).softmax(-1)
+                entropy += torch.distributions.Categorical(logits=found).entropy().sum().item()
+                right += (found.argmax(-1) == row[0, 1:]).sum().item()
+            divergence = 4 * (p * (p.log() - (found / 2).log_softmax(-1))).sum()
+            total = total + (own if step == 0 else 0.3 * own + 0.7 * divergence)
+        assert logged[step]["loss"] == pytest.approx(total.item() / count, rel=1e-5)
+        if accumulated == 1:  # else the trainer logs the mean of its batches' means
+            assert logged[step]["entropy"] == pytest.approx(entropy / count, rel=1e-5)
+            assert logged[step]["mean_token_accuracy"] == pytest.approx(right / count, rel=1e-5)
+        optimizer.zero_grad()
+        (total / count).backward()
+        optimizer.step()
+    start = next(qat_layers(prepare(tiny_llama)))[1].weight
+    moved, wanted = (next(qat_layers(each))[1].weight.detach() - start for each in (model, by_hand))
+    assert relative_rms(moved, wanted) < 1.3e-5
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"loss_type": "dft"}, "loss_type='dft' weighs that by itself. Set loss_type='nll'"),
+        ({"label_smoothing_factor": 0.1}, "output has no loss.*SFTTrainer with label_smoothing_factor=0"),
+    ],
+)
+def test_losses_of_the_sft_trainer_that_distillation_cannot_join(tiny_llama, tokenizer, tmp_path, changes, words):
+    """Refused at the first step, not where the teacher joins."""
+    trl = pytest.importorskip("trl")
+    callbacks = [DistillationCallback(tiny_llama(), start_share=0.9)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*label_smoothing_factor")
+        trainer = sft(
+            trl, prepare(tiny_llama), tokenizer, tmp_path, ["w3 w4 w5 w6"] * 40, callbacks, max_steps=4, **changes
+        )
+    with pytest.raises(ValueError, match=words):
         trainer.train()
     assert trainer.state.global_step == 0
 

@@ -10,7 +10,8 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 
 from small_models import OPTIONS, ROWS, logits, make
 from transformers_minicpm4.model.prefix_cache import PrefixCache
-from transformers_minicpm4.quantization.export.gptq import load_gptq
+from transformers_minicpm4.quantization.export.checkpoint_files import CheckpointTensors
+from transformers_minicpm4.quantization.export.gptq import checkpoint_tensors, load_gptq, save_gptq
 from transformers_minicpm4.quantization.p_gptq.configuration import PGPTQConfig
 from transformers_minicpm4.quantization.p_gptq.quantizer import PGPTQQuantizer
 
@@ -47,6 +48,20 @@ def test_prefix_report_and_card_are_saved_too(source, tmp_path):
     assert saved == json.loads((tmp_path / "int4" / "quantize_config.json").read_text())
     assert "modules_in_block_to_quantize" in saved
     assert torch.equal(logits(load_gptq(tmp_path / "int4", torch.float32)), logits(model))
+
+
+def test_both_writers_list_the_same_tensors(source, tmp_path):
+    """`save_pretrained` and `save_gptq`, tied embeddings and biases among them."""
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=PGPTQConfig(**OPTIONS))
+    model.save_pretrained(tmp_path / "one")
+    weights = model.hf_quantizer._quantizer.weights
+    save_gptq(tmp_path / "two", model, weights)
+    one, two = CheckpointTensors(tmp_path / "one"), CheckpointTensors(tmp_path / "two")
+    listed = dict(checkpoint_tensors(model, weights))
+    assert one.keys() == two.keys() == listed.keys()
+    assert all(torch.equal(one[name], listed[name]) and torch.equal(two[name], listed[name]) for name in listed)
+    assert any(name.endswith("q_proj.bias") for name in listed)
+    assert "lm_head.weight" not in listed
 
 
 def test_adapters_train_on_it(source):

@@ -96,7 +96,9 @@ def _library(anew: bool = False) -> Path:
     cache = os.environ.get("XDG_CACHE_HOME")
     folder = (Path(cache) if cache and Path(cache).is_absolute() else Path.home() / ".cache") / "infllm_v2_kernel"
     target = folder / f"cpu-{key.hexdigest()[:20]}.so"
-    if target.is_file() and not anew:
+    if folder.exists() and not _ours(folder):
+        raise _CannotBuild(f"the cache folder {folder} belongs to another user, or anybody can write to it")
+    if target.is_file() and not anew and _ours(target) and _is_whole(target):
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -106,10 +108,28 @@ def _library(anew: bool = False) -> Path:
         raise _CannotBuild(f"the cache folder {folder} cannot be written to ({_reason(error)})") from error
     try:
         _build(compiler, partial)
+        with open(partial, "rb") as built:
+            os.fsync(built.fileno())
         os.replace(partial, target)  # two processes at once: the last one wins, both are whole
     finally:
         Path(partial).unlink(missing_ok=True)
     return target
+
+
+def _ours(path: Path) -> bool:
+    """Whether nobody else could have put there what is about to be run."""
+    found = path.stat()
+    return not hasattr(os, "getuid") or (found.st_uid == os.getuid() and not found.st_mode & 0o002)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether an ELF file reaches to its last header: loading one that was cut short kills the process."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head[:5] != b"\x7fELF\x02" or len(head) < 64:
+        return head[:4] != b"\x7fELF"  # other systems' libraries are left to their loader
+    (headers,), (size, count) = struct.unpack_from("=Q", head, 40), struct.unpack_from("=HH", head, 58)
+    return path.stat().st_size >= headers + size * count
 
 
 def _compiler() -> list[str]:

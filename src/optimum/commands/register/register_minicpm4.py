@@ -23,7 +23,7 @@ id of <s>), and leaves these positions out of the calibration: P-GPTQ. Without i
 """
 TERNARIZE = """\
 examples:
-  optimum-cli minicpm4 ternarize ./trained-latents -o ./model-ternary
+  optimum-cli minicpm4 ternarize ./trained-latents -o ./model-ternary --dtype bfloat16
   optimum-cli minicpm4 ternarize openbmb/BitCPM4-1B -o ./bitcpm4-packed --fake-quantized
   optimum-cli minicpm4 ternarize ./model -o ./ruined --group-size 64
 
@@ -42,55 +42,111 @@ docs/quantization_exports.md says which engine reads what; a form that would cha
 
 
 def quantize_arguments(parser: argparse.ArgumentParser) -> None:
-    _common(parser, QUANTIZE, "checkpoint folder or Hub id, unquantized")
-    parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="new folder for the INT4 checkpoint")
+    _common(parser, QUANTIZE, "checkpoint folder or Hub id, unquantized", "folder for the INT4 checkpoint")
     parser.add_argument(
         "--dataset",
         required=True,
         metavar="DATA",
-        help="calibration text: .txt, .jsonl, .json or .parquet file, or a Hub dataset with a train split",
+        help="calibration text: .txt, .md, .jsonl, .json (also .gz) or .parquet file, or a Hub dataset with a train "
+        "split",
     )
-    parser.add_argument("--text-column", default="text", metavar="NAME", help="default text")
-    parser.add_argument("--preset", choices=["minicpm4"], help="the settings of the released MiniCPM4 checkpoints")
-    parser.add_argument("--bits", type=int, choices=[2, 3, 4, 8], help="default 4")
-    parser.add_argument("--group-size", type=int, metavar="N", help="inputs that share a scale, default 128; -1: all")
-    parser.add_argument("--asymmetric", action="store_true", help="own zero points (files of version gptq_v2)")
-    parser.add_argument("--prefix-ids", type=int, nargs="+", metavar="ID", help="tokens that every prompt begins with")
-    parser.add_argument("--skip-first", type=int, metavar="N", help="positions left out; default: the prefix")
-    parser.add_argument("--prefix-weight", type=float, metavar="W", help="what they count instead of 0; 1 is GPTQ")
-    parser.add_argument("--smoothing", action="store_true", help="AWQ's scaling first (S-P-GPTQ)")
-    parser.add_argument("--act-group-aware", action="store_true", help="columns by importance within groups")
-    parser.add_argument("--num-samples", type=int, metavar="N", help="calibration rows, default 128")
-    parser.add_argument("--max-length", type=int, metavar="N", help="tokens of a row, default 2048")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="rows that run together, default 8")
-    parser.add_argument("--seed", type=int, metavar="N", help="which places of the text, default 0")
-    parser.add_argument("--device", default="cpu", help="where blocks are solved, default cpu")
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="default 5GB")
-    parser.add_argument("--fresh", action="store_true", help="throw away what an unfinished run left")
+    _option(parser, "--text-column", "NAME", "column of DATA that has the text", default="text")
+    parser.add_argument(
+        "--preset",
+        choices=["minicpm4"],
+        help="minicpm4: as the released MiniCPM4 checkpoints, ready for Marlin: 4 bits, groups of 128, 1024 rows of "
+        "512 tokens, --prefix-ids 1 --skip-first 4; options given beside it win (default: none)",
+    )
+    parser.add_argument("--bits", type=int, choices=[2, 3, 4, 8], help="bits a weight (default: 4)")
+    _option(parser, "--group-size", "N", "inputs that share a scale; -1: all of an output's", "128", type=int)
+    _switch(parser, "--asymmetric", "zero points of their own, in files of version gptq_v2", "symmetric, version gptq")
+    parser.add_argument(
+        "--prefix-ids",
+        type=int,
+        nargs="+",
+        metavar="ID",
+        help="token ids that every prompt begins with; stored in full precision (default: none)",
+    )
+    _option(
+        parser, "--skip-first", "N", "tokens at the start of a row that count --prefix-weight",
+        "as many as --prefix-ids, or 4", type=int,
+    )  # fmt: skip
+    _option(
+        parser, "--prefix-weight", "W", "what these count, from 0 (P-GPTQ) to 1 (GPTQ)",
+        "0 with --prefix-ids, else 1", type=float,
+    )  # fmt: skip
+    _switch(parser, "--smoothing", "AWQ's scaling first (S-P-GPTQ)", "off")
+    _switch(parser, "--act-group-aware", "columns by importance, within and among groups", "in order")
+    _option(parser, "--num-samples", "N", "calibration rows", "128; 1024 with --preset", type=int)
+    _option(parser, "--max-length", "N", "tokens of a calibration row", "2048; 512 with --preset", type=int)
+    _option(parser, "--batch-size", "N", "rows that run together", "8", type=int)
+    _option(parser, "--seed", "N", "which places of the text become rows", "0", type=int)
+    _option(parser, "--device", "NAME", "where blocks are solved, such as cuda", default="cpu")
+    _shards(parser)
+    _switch(parser, "--fresh", "throw away what an unfinished run left in FOLDER's place", "go on with it")
 
 
 def ternarize_arguments(parser: argparse.ArgumentParser) -> None:
-    _common(parser, TERNARIZE, "latents, fake-quantized or dense weights: folder or Hub id")
-    parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="new folder for the packed checkpoint")
-    parser.add_argument("--fake-quantized", action="store_true", help="MODEL's values are ternary already: exact")
-    parser.add_argument("--group-size", type=int, metavar="N", help="for dense weights: inputs that share a scale")
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="default 5GB")
+    _common(
+        parser, TERNARIZE, "latents, fake-quantized or dense weights: folder or Hub id",
+        "folder for the packed checkpoint",
+    )  # fmt: skip
+    _switch(
+        parser, "--fake-quantized", "MODEL's values are ternary already; packs them exactly",
+        "they are latents or dense",
+    )  # fmt: skip
+    _option(
+        parser, "--group-size", "N", "for dense weights alone: inputs that share a scale; -1: all of an output's",
+        "64", type=int,
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="of what is not ternary: embeddings, head, norms, biases. bfloat16 halves these in a checkpoint trained "
+        "in float32; codes and scales stay (default: MODEL's own)",
+    )
+    _shards(parser)
 
 
 def export_arguments(parser: argparse.ArgumentParser) -> None:
-    _common(parser, EXPORT, "quantized (GPTQ or packed ternary) or plain checkpoint: folder")
+    _common(
+        parser, EXPORT, "quantized (GPTQ or packed ternary) or plain checkpoint: folder", "file (gguf) or folder",
+        "PATH",
+    )  # fmt: skip
     parser.add_argument("--to", required=True, choices=["gguf", "gptq", "marlin"], help="what to write")
-    parser.add_argument("-o", "--output", required=True, metavar="PATH", help="new file (gguf) or folder")
-    parser.add_argument("--type", default="auto", metavar="TYPE", help="gguf: type of quantized layers, default auto")
-    parser.add_argument("--float-type", default="auto", metavar="TYPE", help="gguf: type of all else, default auto")
-    parser.add_argument("--tokenizer-pre", metavar="NAME", help="gguf: llama.cpp's name of the pre-tokenizer")
+    _option(
+        parser, "--type", "TYPE", "gguf: type of quantized layers, such as Q4_0, TQ2_0, F16; auto: the smallest exact "
+        "one", default="auto",
+    )  # fmt: skip
+    _option(
+        parser, "--float-type", "TYPE", "gguf: type of all else, such as F16, BF16, F32; auto: as in MODEL",
+        default="auto",
+    )  # fmt: skip
+    _option(
+        parser, "--tokenizer-pre", "NAME", "gguf: llama.cpp's name of the pre-tokenizer",
+        "recognized from tokenizer.json",
+    )  # fmt: skip
 
 
-def _common(parser: argparse.ArgumentParser, epilog: str, model: str) -> None:
+def _common(parser: argparse.ArgumentParser, epilog: str, model: str, output: str, metavar: str = "FOLDER") -> None:
     parser.epilog = epilog
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", metavar="MODEL", help=model)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("-o", "--output", required=True, metavar=metavar, help=f"new {output}")
+    _switch(parser, "--debug", "show the traceback of an error", "one line")
+
+
+def _option(parser: argparse.ArgumentParser, name: str, metavar: str, text: str, shown: str = "", **fields) -> None:
+    """An option with its default: `default=` is passed on, `shown` tells what stands for one that was not given."""
+    parser.add_argument(name, metavar=metavar, help=f"{text} (default: {shown or fields['default']})", **fields)
+
+
+def _switch(parser: argparse.ArgumentParser, name: str, text: str, shown: str) -> None:
+    parser.add_argument(name, action="store_true", help=f"{text} (default: {shown})")
+
+
+def _shards(parser: argparse.ArgumentParser) -> None:
+    _option(parser, "--max-shard-size", "SIZE", "of a weight file, in bytes or such as 300MB", default="5GB")
 
 
 class _Command(BaseOptimumCLICommand):

@@ -1,11 +1,15 @@
 """
-LoRA (PEFT) on ternary layers.
+LoRA (PEFT) on ternary layers; other methods of PEFT are refused there.
 
 Beside packed weights an adapter stays a matrix of its own, as in QLoRA: `y = ternary(x) + scaling * B(A x)`. Merging
 it into 2 bits would lose most of it, so `merge` refuses; `merge_and_requantize` does it and says what was lost.
 
 Around latents the adapter is part of what is rounded: `y = x ternarize(W + scaling * B A)^T`. Merging it into the
 latents is exact therefore, and the merged model is what was trained.
+
+PEFT's other methods (IA3, LoHa, AdaLoRA, OFT, VeRA, ...) read a weight matrix that packed layers do not have, or act
+beside latents what they later merge into them, before the rounding: another model. On layers that stayed dense, norms
+and embeddings, and as prompts, they work as ever.
 
 Shape letters: `O` outputs, `I` inputs, `Q` groups.
 """
@@ -42,26 +46,90 @@ MERGE_REFUSED = (
 @functools.cache
 def register_with_peft() -> None:
     """
-    Let PEFT wrap ternary layers in the classes below, in `get_peft_model` and when adapters are loaded. Does nothing
-    without PEFT.
+    Let PEFT wrap ternary layers in the classes below, in `get_peft_model` and when adapters are loaded, and in no
+    others. Does nothing without PEFT.
     """
     if not importlib.util.find_spec("peft"):
         return
     from peft.tuners.lora import model as lora_model
+    from peft.tuners.tuners_utils import BaseTuner
 
     packed, latent = _lora_classes()
     default = lora_model.dispatch_default
 
     @functools.wraps(default)
     def dispatch_default(target, adapter_name, config, parameter_name=None, **kwargs):
-        layer = target.get_base_layer() if hasattr(target, "get_base_layer") else target
-        kind = {TernaryLinear: packed, TernaryQATLinear: latent}.get(type(layer))
+        kind = {TernaryLinear: packed, TernaryQATLinear: latent}.get(type(_unwrapped(target)))
         if kind is None or parameter_name is not None:
             return default(target, adapter_name, config, parameter_name=parameter_name, **kwargs)
         return kind(target, adapter_name, config=config, **kwargs)
 
     # PEFT's own seam, LoraConfig._register_custom_module, is not saved with an adapter: loading one would miss it.
     lora_model.dispatch_default = dispatch_default
+
+    inject = BaseTuner.inject_adapter
+
+    @functools.wraps(inject)
+    def inject_adapter(self, model, adapter_name, *args, **kwargs):
+        _refuse_whole(self.peft_config[adapter_name], model)
+        create = self._create_and_replace
+
+        def create_and_replace(config, name, target, *rest, current_key=None, **named):
+            _refuse_target(config, target, current_key, named.get("parameter_name"))
+            return create(config, name, target, *rest, current_key=current_key, **named)
+
+        # Every method overrides it, and the base class calls it for each layer that a method is about to change.
+        self._create_and_replace = create_and_replace
+        try:
+            return inject(self, model, adapter_name, *args, **kwargs)
+        finally:
+            del self._create_and_replace
+
+    BaseTuner.inject_adapter = inject_adapter
+
+
+def _unwrapped(layer: nn.Module) -> nn.Module:
+    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+
+
+def _method(config) -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def _refuse_whole(config, model: nn.Module) -> None:
+    """What is not decided layer by layer."""
+    layers = {
+        name: type(module)
+        for name, module in model.named_modules()
+        if isinstance(module, TernaryLinear | TernaryQATLinear)
+    }
+    if layers and _method(config) == "XLORA":
+        raise ValueError(
+            f"XLORA is not available on models with ternary layers such as {next(iter(layers))}: it computes LoRA "
+            "beside every layer itself. Use one LoraConfig at a time."
+        )
+    for name, kind in layers.items():
+        if kind is TernaryLinear and name.endswith(tuple(getattr(config, "modules_to_save", None) or ())):
+            raise ValueError(
+                f"modules_to_save={list(config.modules_to_save)} would train a copy of {name}, whose packed ternary "
+                "weight has no gradient. Name layers that are not ternary there, and adapt this one with LoRA "
+                "(target_modules)."
+            )
+
+
+def _refuse_target(config, target: nn.Module, name: str | None, parameter: str | None) -> None:
+    if not isinstance(_unwrapped(target), TernaryLinear | TernaryQATLinear):
+        return
+    if _method(config) != "LORA":
+        raise ValueError(
+            f"{_method(config)} is not available on ternary layers, and {name} is one: of PEFT's methods only LoRA "
+            "is. Give a LoraConfig, or target_modules that are not ternary (prompts, norms and embeddings are free)."
+        )
+    if parameter is not None:
+        raise ValueError(
+            f"target_parameters with {name} is not available on ternary layers: name the layer in target_modules, "
+            "for LoRA that knows about the rounding."
+        )
 
 
 @functools.cache
@@ -122,8 +190,16 @@ def _lora_classes() -> tuple[type, type]:
     return TernaryLoraLinear, TernaryQATLoraLinear
 
 
+# Fields of LoraConfig that make it something else than B A beside a linear layer. PEFT itself ignores some of them on
+# layers that it does not know.
+_VARIANTS = (
+    "use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "alora_invocation_tokens", "arrow_config", "kasa_config",
+    "monteclora_config", "use_bdlora", "velora_config",
+)  # fmt: skip
+
+
 def _refuse(config) -> None:
-    asked = [name for name in ("use_dora", "lora_bias") if getattr(config, name, False)]
+    asked = [name for name in _VARIANTS if getattr(config, name, None)]
     # Initialisations that decompose the weight, or put a part of it into the adapter.
     if config.init_lora_weights not in (True, False, "gaussian"):
         asked.append(f"init_lora_weights={config.init_lora_weights!r}")

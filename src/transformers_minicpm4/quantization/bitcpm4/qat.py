@@ -256,25 +256,26 @@ def rewarmed_wsd_schedule(
         num_training_steps: optimizer steps of both stages.
         qat_share: share of the steps (and of the tokens, where all steps have as many) that are QAT, the last ones.
             1 means that the first stage was trained elsewhere: the schedule is the second stage alone.
-        num_warmup_steps: of the first stage.
-        num_rewarmup_steps: steps of the second warmup; by default 5 % of the QAT steps.
-        decay_share: share of all steps that decay, the last ones.
-        qat_lr_ratio: peak of the second stage over that of the first; the paper's is 5e-3 / 1e-2.
-        min_lr_ratio: learning rate at the end, over the first stage's peak.
-        last_epoch: step to go on from.
+        num_warmup_steps: of the first stage, 0 or more.
+        num_rewarmup_steps: steps of the second warmup, 0 or more; by default 5 % of the QAT steps.
+        decay_share: share of all steps that decay, the last ones; 0 holds the rate to the end.
+        qat_lr_ratio: peak of the second stage over that of the first, above 0; the paper's is 5e-3 / 1e-2.
+        min_lr_ratio: learning rate at the end, over the first stage's peak; at most `qat_lr_ratio`.
+        last_epoch: step to go on from, -1 to begin.
 
     Returns:
         the scheduler, for `Trainer(optimizers=(optimizer, scheduler))`.
 
     Raises:
-        ValueError: shares outside (0, 1], or stages that do not fit into the steps.
+        ValueError: an argument out of its range, by name; or stages that do not fit into the steps.
 
     Warns:
         UserWarning: a `qat_share` below the 40 % that the paper finds necessary.
     """
-    for name, value, low in (("qat_share", qat_share, 0), ("decay_share", decay_share, -1)):
-        if not low < value <= 1 or value < 0:
-            raise ValueError(f"{name} is a share of the steps, above 0 and at most 1; got {value}.")
+    _check_schedule(
+        num_training_steps, qat_share, num_warmup_steps, num_rewarmup_steps, decay_share, qat_lr_ratio, min_lr_ratio,
+        last_epoch,
+    )  # fmt: skip
     if qat_share < SMALLEST_QAT_SHARE:
         warnings.warn(
             f"qat_share={qat_share} is below {SMALLEST_QAT_SHARE}: the paper comes close to QAT from the first step "
@@ -285,7 +286,7 @@ def rewarmed_wsd_schedule(
     qat_steps = num_training_steps - start
     rewarmup = math.ceil(0.05 * qat_steps) if num_rewarmup_steps is None else num_rewarmup_steps
     decay = round(decay_share * num_training_steps)
-    if num_warmup_steps > start > 0 or rewarmup + decay > qat_steps:
+    if num_warmup_steps > start or rewarmup + decay > qat_steps:
         raise ValueError(
             f"the stages do not fit: {start} steps before QAT hold {num_warmup_steps} of warmup, and {qat_steps} "
             f"steps of QAT hold {rewarmup} of re-warmup and {decay} of decay. Take fewer of these, or more steps."
@@ -301,6 +302,33 @@ def rewarmed_wsd_schedule(
         floor=min_lr_ratio,
     )
     return LambdaLR(optimizer, factor, last_epoch)
+
+
+def _check_schedule(
+    num_training_steps, qat_share, num_warmup_steps, num_rewarmup_steps, decay_share, qat_lr_ratio, min_lr_ratio,
+    last_epoch,
+) -> None:  # fmt: skip
+    counts = (
+        ("num_training_steps", num_training_steps, 1),
+        ("num_warmup_steps", num_warmup_steps, 0),
+        ("num_rewarmup_steps", 0 if num_rewarmup_steps is None else num_rewarmup_steps, 0),
+        ("last_epoch", last_epoch, -1),
+    )
+    for name, value, low in counts:
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise ValueError(f"{name} is a whole number of steps, {low} or more; got {value!r}.")
+    # Written so that NaN is refused too.
+    if not 0 < qat_share <= 1:
+        raise ValueError(f"qat_share is a share of the steps, above 0 and at most 1; got {qat_share}.")
+    if not 0 <= decay_share <= 1:
+        raise ValueError(f"decay_share is a share of the steps, 0 to 1; got {decay_share}.")
+    if not 0 < qat_lr_ratio < math.inf:
+        raise ValueError(f"qat_lr_ratio is a factor on the optimizer's learning rate, above 0; got {qat_lr_ratio}.")
+    if not 0 <= min_lr_ratio <= qat_lr_ratio:
+        raise ValueError(
+            f"min_lr_ratio is where the decay ends, 0 to qat_lr_ratio={qat_lr_ratio}, where it begins; got "
+            f"{min_lr_ratio}."
+        )
 
 
 def _rewarmed_wsd_factor(step, *, warmup, start, rewarmup, decay, total, ratio, floor) -> float:
@@ -375,9 +403,11 @@ class QATStartCallback(TrainerCallback):
 class DistillationCallback(TrainerCallback):
     """
     Adds a teacher to the loss from one step on: `(1 - weight) * loss + weight * KL(teacher || student)`, both means
-    over the tokens that have labels. Works with every trainer that takes the loss from the model's output and lets
-    the model compute logits: `Trainer` does (without label smoothing, a loss function of its own, or Liger's fused
-    loss), TRL's `SFTTrainer` 1.16 does not. The first training pass says so, not the first one with the teacher.
+    over the tokens that have labels. Works with trainers that take the loss from the model's output and let the model
+    compute logits, as `Trainer` does (without label smoothing, a loss function of its own, or Liger's fused loss); and
+    with TRL's `SFTTrainer` (1.16, `loss_type="nll"`), which asks for the labels' log-probabilities instead of logits:
+    once the teacher joins, logits are computed and the log-probabilities made from them. Where it cannot work the
+    first training pass says so, not the first one with the teacher.
 
     Args:
         teacher: a causal LM with the student's vocabulary, as a rule the checkpoint that QAT started from. It is
@@ -388,7 +418,7 @@ class DistillationCallback(TrainerCallback):
         temperature: both distributions are softened by it, and the term is multiplied by its square.
 
     Raises:
-        ValueError: a setting out of its range.
+        ValueError: a setting out of its range; in training, a trainer whose loss it cannot join.
     """
 
     def __init__(
@@ -408,23 +438,43 @@ class DistillationCallback(TrainerCallback):
         self.weight = weight
         self.temperature = temperature
         self.active = False
-        self._hook = None
+        self._hooks = []
+        self._labels = None  # of the pass that is running, where the trainer wants log-probabilities
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if getattr(args, "loss_type", "nll") == "dft":
+            raise ValueError(
+                "DistillationCallback adds to the negative log-likelihood, and loss_type='dft' weighs that by itself. "
+                "Set loss_type='nll'."
+            )
         self.teacher.to(model.device)
         self.on_train_end(args, state, control)  # an earlier training may have been interrupted
-        self._hook = model.register_forward_hook(self._add_teacher, with_kwargs=True)
+        self._hooks = [
+            model.register_forward_pre_hook(self._ask_for_logits, with_kwargs=True),
+            model.register_forward_hook(self._add_teacher, with_kwargs=True),
+        ]
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.active = state.global_step >= math.ceil(self.start_share * state.max_steps)
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def _ask_for_logits(self, module, args, kwargs):
+        """TRL's `fused_lm_head=True` skips them; without it the forward is the model's own."""
+        self._labels = None
+        if module.training and self.active and kwargs.get("fused_lm_head") and kwargs.get("labels") is not None:
+            self._labels = kwargs["labels"]
+            kwargs = {name: value for name, value in kwargs.items() if name not in ("fused_lm_head", "labels")}
+        return args, kwargs
 
     def _add_teacher(self, module, args, kwargs, output):
         if not module.training:
+            return output
+        if self._labels is not None:
+            return self._as_log_probabilities(output, self._teacher_logits(args, kwargs, output.logits))
+        if not self.active and kwargs.get("fused_lm_head") and hasattr(output, "log_probs"):
             return output
         # Before distillation starts too: half a run would be lost otherwise.
         missing = [part for part in ("loss", "logits") if getattr(output, part, None) is None]
@@ -432,25 +482,48 @@ class DistillationCallback(TrainerCallback):
             raise ValueError(
                 f"DistillationCallback needs the model's loss and logits, and its output has no "
                 f"{' and no '.join(missing)}. Either the batches have no labels, or the trainer computes the loss "
-                "itself: TRL's SFTTrainer (1.16: with every loss_type) skips the logits, label_smoothing_factor and "
-                "compute_loss_func keep the labels from the model, and use_liger_kernel fuses logits into the loss. "
-                "Use transformers.Trainer with label_smoothing_factor=0, no compute_loss_func, "
-                "use_liger_kernel=False."
+                "itself: label_smoothing_factor and compute_loss_func keep the labels from the model, and "
+                "use_liger_kernel fuses logits into the loss. Use transformers.Trainer or TRL's SFTTrainer with "
+                "label_smoothing_factor=0, no compute_loss_func, use_liger_kernel=False."
             )
         if not self.active:
             return output
-        inputs = {name: kwargs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in kwargs}
-        with torch.no_grad():
-            teacher = self.teacher(*args, **inputs, use_cache=False).logits
-        if teacher.shape != output.logits.shape:
-            raise ValueError(
-                f"teacher logits {list(teacher.shape)} and student logits {list(output.logits.shape)} differ in "
-                "shape: they need one vocabulary. Take the checkpoint that QAT started from as the teacher."
-            )
+        teacher = self._teacher_logits(args, kwargs, output.logits)
         divergence = distillation_loss(
             output.logits, teacher, kwargs["labels"], self.temperature, kwargs.get("num_items_in_batch")
         )
         output.loss = (1 - self.weight) * output.loss + self.weight * divergence
+        return output
+
+    def _teacher_logits(self, args, kwargs, student: torch.Tensor) -> torch.Tensor:
+        inputs = {name: kwargs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in kwargs}
+        with torch.no_grad():
+            teacher = self.teacher(*args, **inputs, use_cache=False).logits
+        if teacher.shape != student.shape:
+            raise ValueError(
+                f"teacher logits {list(teacher.shape)} and student logits {list(student.shape)} differ in "
+                "shape: they need one vocabulary. Take the checkpoint that QAT started from as the teacher."
+            )
+        return teacher
+
+    def _as_log_probabilities(self, output, teacher: torch.Tensor):
+        """
+        What `SFTTrainer` reads of the output, `[B, N - 1]` each and 0 where there is no label. Its loss is the sum of
+        `-log_probs` over a count of its own (tokens of accumulated batches and of other processes too); so the
+        teacher's share goes in there.
+        """
+        labels = self._labels[:, 1:].to(output.logits.device)
+        self._labels = None
+        counted = labels != -100
+        wide = output.logits[:, :-1].to(torch.promote_types(output.logits.dtype, torch.float32))
+        student = F.log_softmax(wide, -1)
+        own = student.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        divergence = _divergence(wide, teacher[:, :-1].to(wide.dtype), self.temperature)
+        output.log_probs = torch.where(counted, (1 - self.weight) * own - self.weight * divergence, 0)
+        output.label_mask = counted
+        with torch.no_grad():  # the trainer's metrics
+            output.entropy = torch.where(counted, -(student.exp() * student).sum(-1), 0)
+            output.is_top1 = counted & (student.argmax(-1) == labels)
         return output
 
 
@@ -477,10 +550,14 @@ def distillation_loss(
     """
     counted = labels[:, 1:] != -100
     wide = torch.promote_types(student.dtype, torch.float32)
-    student = F.log_softmax(student[:, :-1][counted].to(wide) / temperature, -1)
-    teacher = F.log_softmax(teacher[:, :-1][counted].to(wide) / temperature, -1)
-    total = F.kl_div(student, teacher, log_target=True, reduction="sum") * temperature**2
+    total = _divergence(student[:, :-1][counted].to(wide), teacher[:, :-1][counted].to(wide), temperature).sum()
     return total / (counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+
+def _divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """`temperature**2 * KL(teacher || student)` of each position, `[..., V]` to `[...]`."""
+    student, teacher = (F.log_softmax(logits / temperature, -1) for logits in (student, teacher))
+    return F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1) * temperature**2
 
 
 class TernaryMonitorCallback(TrainerCallback):

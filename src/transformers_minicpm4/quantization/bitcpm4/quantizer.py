@@ -124,7 +124,7 @@ class BitCPM4Quantizer(OptimumQuantizer):
                 _warn_rounding()
                 model = AutoModelForCausalLM.from_pretrained(source, quantization_config=self.config)
         if dtype is not None:
-            _cast_rest(model, dtype)
+            cast_rest(model, dtype)
         return save_packed(model, save_dir, tokenizer, max_shard_size, base_model)
 
 
@@ -339,8 +339,11 @@ def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, tensors)
 
 
-def _cast_rest(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """New parameters in the place of the floating-point ones, which another model may hold too; ties stay."""
+def cast_rest(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """
+    Cast what is not ternary in a packed model, in place: new parameters stand where the floating-point ones were,
+    which another model may hold too. Ties stay, scales too.
+    """
     new: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):

@@ -156,26 +156,8 @@ def save_gptq(
     _check_names(model, names)
     common = _Common()
 
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        yield from plain_tensors(model, state, names)
-        for name in names:
-            weight = weights[name]
-            common.add(name, weight)
-            own_bias = state.get(f"{name}.bias")
-            if weight.bias is None and own_bias is not None:
-                if own_bias.is_meta:
-                    raise ValueError(f"{name} has a bias that is not in memory: put it into the QuantizedWeight.")
-                weight = copy.copy(weight)
-                weight.bias = own_bias
-            try:
-                parts = gptq_tensors(weight, checkpoint_format)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
-            for part, tensor in parts.items():
-                yield f"{name}.{part}", tensor
-
     with new_folder(folder) as work:
-        write_shards(work, tensors(), max_shard_size)
+        write_shards(work, checkpoint_tensors(model, weights, checkpoint_format, state, common.add), max_shard_size)
         quantization = gptq_config(
             common.bits,
             common.group_size,
@@ -194,6 +176,44 @@ def save_gptq(
         if extras is not None:
             extras(work)
     return quantization
+
+
+def checkpoint_tensors(
+    model,
+    weights: Mapping[str, QuantizedWeight],
+    checkpoint_format: str = "gptq",
+    state: Mapping[str, torch.Tensor] | None = None,
+    seen: Callable[[str, QuantizedWeight], None] | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """
+    All tensors of a GPTQ checkpoint, one after the other: what is not quantized, then layer by layer.
+
+    Args:
+        weights: quantized layers by module name; each is asked for once. One without a bias has the model's.
+        state: in the place of `model.state_dict()`.
+        seen: called with each layer before its tensors are made.
+
+    Raises:
+        ValueError: see [`save_gptq`].
+    """
+    state = model.state_dict() if state is None else state
+    yield from plain_tensors(model, state, list(weights))
+    for name in weights:
+        weight = weights[name]
+        if seen is not None:
+            seen(name, weight)
+        own_bias = state.get(f"{name}.bias")
+        if weight.bias is None and own_bias is not None:
+            if own_bias.is_meta:
+                raise ValueError(f"{name} has a bias that is not in memory: put it into the QuantizedWeight.")
+            weight = copy.copy(weight)
+            weight.bias = own_bias
+        try:
+            parts = gptq_tensors(weight, checkpoint_format)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        for part, tensor in parts.items():
+            yield f"{name}.{part}", tensor
 
 
 def plain_tensors(

@@ -59,15 +59,11 @@ class PGPTQHfQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """The tensors of a GPTQ checkpoint."""
-        from ..export.gptq import gptq_tensors, plain_tensors
+        from ..export.gptq import checkpoint_tensors
 
-        weights = self._quantizer.weights
         self._quantizer.check_unchanged(model)
-        state = dict(plain_tensors(model, model.state_dict(), list(weights)))
-        for name in weights:
-            for part, tensor in gptq_tensors(weights[name], self.quantization_config.checkpoint_format).items():
-                state[f"{name}.{part}"] = tensor
-        return state, {}
+        form = self.quantization_config.checkpoint_format
+        return dict(checkpoint_tensors(model, self._quantizer.weights, form)), {}
 
     def is_serializable(self) -> bool:
         return True

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 
 from ..export.checkpoint_files import new_file
@@ -26,7 +26,8 @@ STATE = "state.json"
 
 class Store(Mapping):
     """
-    A mapping from a linear layer's full name to its `QuantizedWeight`, block by block; each access unpacks anew.
+    A mapping from a linear layer's full name to its `QuantizedWeight`, block by block; each access unpacks anew. The
+    block of the last access stays open, so layers in order read each file once.
 
     Args:
         folder: where the files are; `None` keeps all in memory.
@@ -40,6 +41,7 @@ class Store(Mapping):
         self.folder = None if folder is None else Path(folder)
         self._memory: dict[int, bytes] = {}
         self._homes: dict[str, int] = {}
+        self._opened: tuple[int, Mapping[str, torch.Tensor]] | None = None
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -61,8 +63,9 @@ class Store(Mapping):
             self._write(state, json.dumps(identity, indent=2).encode())
         for index in self.finished():
             try:
-                self._remember(index, self._load(index))
+                self._remember(index, self._open(index))
             except (SafetensorError, KeyError, ValueError):
+                self._opened = None
                 self._path(index).unlink()  # cut short by a power failure: solved again, as are those after it
                 break
 
@@ -88,7 +91,7 @@ class Store(Mapping):
         # Facts and report ride along as one tensor of bytes: one file, one rename.
         notes = json.dumps({"weights": facts, "report": report}).encode()
         tensors["notes"] = torch.frombuffer(bytearray(notes), dtype=torch.uint8)
-        data = save(tensors)
+        data, self._opened = save(tensors), None
         if self.folder is None:
             self._memory[index] = data
         else:
@@ -97,36 +100,38 @@ class Store(Mapping):
 
     def rest(self, index: int) -> dict[str, torch.Tensor]:
         """The parameters of a block that are not quantized, by full name."""
-        tensors = self._load(index)
-        return {name[5:]: tensor for name, tensor in tensors.items() if name.startswith("rest:")}
+        tensors = self._open(index)
+        # Copies: a model takes them over, and what it does to them must not be seen at the next access.
+        return {name[5:]: tensors[name].clone() for name in tensors if name.startswith("rest:")}
 
     def report(self) -> list[dict]:
         rows = []
         for index in self.finished():
-            rows += self._notes(self._load(index))["report"]
+            rows += self._notes(self._open(index))["report"]
         return rows
 
     def __getitem__(self, name: str) -> QuantizedWeight:
-        tensors = self._load(self._homes[name])
+        tensors = self._open(self._homes[name])
         return self._weight(tensors, name, *self._notes(tensors)["weights"][name])
 
     def block(self, index: int) -> dict[str, QuantizedWeight]:
         """All quantized weights of a block."""
-        tensors = self._load(index)
+        tensors = self._open(index)
         return {name: self._weight(tensors, name, *facts) for name, facts in self._notes(tensors)["weights"].items()}
 
     @staticmethod
     def _weight(
-        tensors: dict[str, torch.Tensor], name: str, bits: int, group_size: int, symmetric: bool
+        tensors: Mapping[str, torch.Tensor], name: str, bits: int, group_size: int, symmetric: bool
     ) -> QuantizedWeight:
+        bias = tensors.get(f"bias:{name}")
         return QuantizedWeight(
             codes=unpack_codes(tensors[f"codes:{name}"], bits, dim=1),
-            scales=tensors[f"scales:{name}"],
-            zeros=tensors[f"zeros:{name}"],
+            scales=tensors[f"scales:{name}"].clone(),
+            zeros=tensors[f"zeros:{name}"].clone(),
             bits=bits,
             group_size=group_size,
             symmetric=symmetric,
-            bias=tensors.get(f"bias:{name}"),
+            bias=None if bias is None else bias.clone(),
         )
 
     def __iter__(self) -> Iterator[str]:
@@ -138,14 +143,19 @@ class Store(Mapping):
     def _path(self, index: int) -> Path:
         return self.folder / f"block-{index:05}.safetensors"
 
-    def _remember(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
+    def _remember(self, index: int, tensors: Mapping[str, torch.Tensor]) -> None:
         self._homes.update(dict.fromkeys(self._notes(tensors)["weights"], index))
 
-    def _load(self, index: int) -> dict[str, torch.Tensor]:
-        return load(self._memory[index] if self.folder is None else self._path(index).read_bytes())
+    def _open(self, index: int) -> Mapping[str, torch.Tensor]:
+        """The tensors of a block, not to be changed."""
+        if self._opened is None or self._opened[0] != index:
+            self._opened = None
+            found = load(self._memory[index]) if self.folder is None else _BlockFile(self._path(index))
+            self._opened = index, found
+        return self._opened[1]
 
     @staticmethod
-    def _notes(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def _notes(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         return json.loads(bytes(tensors["notes"].tolist()))
 
     @staticmethod
@@ -154,3 +164,22 @@ class Store(Mapping):
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+
+
+class _BlockFile(Mapping):
+    """The tensors of a safetensors file, each read when asked for."""
+
+    def __init__(self, path: Path):
+        self._file = safe_open(path, framework="pt")
+        self._names = set(self._file.keys())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
