@@ -143,7 +143,7 @@ def test_stored_log_probabilities_are_those_of_the_policy_that_sampled(behavior,
     spans = Counter()
     for group in trained:
         for row in group.trajectories:
-            ids = torch.tensor([group.prompt_ids + row.token_ids])
+            ids = torch.tensor([group.prompt_ids + row.token_ids.tolist()])
             place = 0
             spans[len({version for version, _ in row.chunks})] += 1
             for version, length in row.chunks:

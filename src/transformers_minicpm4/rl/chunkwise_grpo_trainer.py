@@ -238,7 +238,7 @@ class ChunkwiseGRPOTrainer(GRPOTrainer):
         """A chunk for each row: token ids, log-probabilities, and whether it ended."""
         began = time.perf_counter()
         device = self.accelerator.device
-        prefixes = [group.prompt_ids + row.token_ids for group, row in rows]
+        prefixes = [group.prompt_ids + row.token_ids.tolist() for group, row in rows]
         budgets = [self.rollouts.budget(row, self.args.chunk_length) for _, row in rows]
         input_ids, attention_mask = _left_padded(prefixes, self._tokenizer.pad_token_id, device)
         width = input_ids.shape[1]
@@ -323,7 +323,7 @@ class ChunkwiseGRPOTrainer(GRPOTrainer):
         rows = [(group, row) for group in groups for row in group.trajectories]
         mine, _ = _share(rows, self.accelerator)
         examples = [self._example(group) for group, _ in mine]
-        ids = [row.token_ids for _, row in mine]
+        ids = [row.token_ids.tolist() for _, row in mine]
         completions = self._decoded([example["prompt"] for example in examples], [group for group, _ in mine], ids)
         rewards = self._calculate_rewards(examples, [example["prompt"] for example in examples], completions, ids)
         extra = {column: list(values) for column, values in self._pending_extra_logs.items()}
@@ -343,7 +343,8 @@ class ChunkwiseGRPOTrainer(GRPOTrainer):
     def _garbled(self, row: Trajectory) -> str | None:
         if self.garble_filter is None:
             return None
-        return self.garble_filter(row.token_ids, self._tokenizer.decode(row.token_ids, skip_special_tokens=True))
+        token_ids = row.token_ids.tolist()
+        return self.garble_filter(token_ids, self._tokenizer.decode(token_ids, skip_special_tokens=True))
 
     def _decoded(self, prompts: list, groups: list[Group], ids: list[list[int]]) -> list:
         """Completions as reward functions get them: text, or a message where the prompt is a conversation."""
@@ -388,7 +389,8 @@ class ChunkwiseGRPOTrainer(GRPOTrainer):
     def _generate_single_turn(self, *args, **kwargs):
         if self._served is None:
             return super()._generate_single_turn(*args, **kwargs)
-        return [row.token_ids for _, row in self._served], [row.logprobs for _, row in self._served]
+        rows = [row for _, row in self._served]
+        return [row.token_ids.tolist() for row in rows], [row.logprobs.tolist() for row in rows]
 
     def _calculate_rewards(self, *args, **kwargs):
         if self._served is not None:

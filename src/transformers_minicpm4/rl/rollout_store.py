@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,9 +28,10 @@ class Trajectory:
     """One completion in the making. Written once: what a chunk's policy said of its tokens is never changed."""
 
     sample: int
-    token_ids: list[int] = field(default_factory=list)
+    # Arrays of 4-byte numbers: every process holds them all.
+    token_ids: array = field(default_factory=lambda: array("i"))
     # Of each token, in nats, under the policy that sampled it (pi of theta_c(t) in the paper's equation 8).
-    logprobs: list[float] = field(default_factory=list)
+    logprobs: array = field(default_factory=lambda: array("f"))
     # (policy version, tokens) of each chunk; a version is the number of optimizer steps before it.
     chunks: list[tuple[int, int]] = field(default_factory=list)
     # Ended by an end-of-sequence token; a rollout that is finished without one reached the length limit.
@@ -147,8 +149,8 @@ class RolloutStore:
                 f"cannot append {len(token_ids)} tokens with {len(logprobs)} log-probabilities to a rollout "
                 f"{'that is finished' if trajectory.finished else f'with room for {room}'}."
             )
-        trajectory.token_ids += token_ids
-        trajectory.logprobs += logprobs
+        trajectory.token_ids.extend(token_ids)
+        trajectory.logprobs.extend(logprobs)
         trajectory.chunks.append((version, len(token_ids)))
         trajectory.ended = ended
         trajectory.finished = ended or len(token_ids) == room
@@ -184,10 +186,10 @@ class RolloutStore:
         """
         rows = [row for group in self.groups for row in group.trajectories]
         tensors = {
-            "prompt_ids": _flat([group.prompt_ids for group in self.groups], torch.int64),
+            "prompt_ids": _flat([array("i", group.prompt_ids) for group in self.groups], torch.int32),
             "prompt_lengths": torch.tensor([len(group.prompt_ids) for group in self.groups], dtype=torch.int64),
-            "token_ids": _flat([row.token_ids for row in rows], torch.int64),
-            "logprobs": _flat([row.logprobs for row in rows], torch.float64),
+            "token_ids": _flat([row.token_ids for row in rows], torch.int32),
+            "logprobs": _flat([row.logprobs for row in rows], torch.float32),
             "lengths": torch.tensor([len(row.token_ids) for row in rows], dtype=torch.int64),
         }
         described = {
@@ -237,7 +239,7 @@ class RolloutStore:
         ids = _pieces(tensors["token_ids"], tensors["lengths"])
         logprobs = _pieces(tensors["logprobs"], tensors["lengths"])
         rows = [
-            Trajectory(sample, token_ids, values, [tuple(chunk) for chunk in chunks], *rest)
+            Trajectory(sample, array("i", token_ids), array("f", values), [tuple(chunk) for chunk in chunks], *rest)
             for (sample, chunks, *rest), token_ids, values in zip(described["rows"], ids, logprobs, strict=True)
         ]
         size = self.num_generations
@@ -250,8 +252,9 @@ class RolloutStore:
         return described["facts"]
 
 
-def _flat(lists: list[list], dtype: torch.dtype) -> torch.Tensor:
-    return torch.tensor([value for values in lists for value in values], dtype=dtype)
+def _flat(arrays: list[array], dtype: torch.dtype) -> torch.Tensor:
+    filled = [torch.frombuffer(values, dtype=dtype) for values in arrays if values]
+    return torch.cat([torch.empty(0, dtype=dtype), *filled])
 
 
 def _pieces(flat: torch.Tensor, lengths: torch.Tensor) -> list[list]:
