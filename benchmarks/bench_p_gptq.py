@@ -1,9 +1,10 @@
 """
-Perplexity of a real model after RTN, GPTQ, P-GPTQ and S-P-GPTQ, with and without the stored prefix, over seeds.
+Perplexity of a model after RTN, GPTQ, P-GPTQ and S-P-GPTQ, with and without the stored prefix, over seeds.
 
     python benchmarks/bench_p_gptq.py                 # 64 rows of 512 tokens, 32,768 tokens read, 5 seeds: hours
     python benchmarks/bench_p_gptq.py --quick         # 16 rows, 8,192 tokens, 3 seeds: about an hour of CPU
     python benchmarks/bench_p_gptq.py --peer          # GPTQ of Optimum and gptqmodel beside ours, same rows
+    python benchmarks/bench_p_gptq.py --trained       # a small model that was never rounded: 15 minutes of CPU
 
 The model is SmolLM2-135M-Instruct as `make assets` makes it: its linear layers come from a Q4_1 file, so that even
 "full precision" has been rounded once. All linear layers, groups of 64, symmetric. Calibration from the validation
@@ -11,6 +12,10 @@ split of WikiText-2, perplexity from its test split in rows of 512, over positio
 begins with the model's `<|im_start|>`: computed by the quantized model ("computed"), or given as keys and values of
 the full precision ("stored"). A seed is a choice of calibration rows, the same for all methods, so that they are
 compared in pairs. Results go into the JSON file one by one; a run that was stopped goes on where it was.
+
+With `--trained` the model is the small Llama of `examples/p_gptq.py`, trained in float32 on the last three quarters of
+the validation split (the train split is not among the shared data). Calibration is from the first quarter, in rows of
+256; all else is as above.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import statistics
 import subprocess
 import sys
@@ -39,6 +45,10 @@ from transformers_minicpm4.quantization.p_gptq.calibration import calibration_ro
 from transformers_minicpm4.quantization.p_gptq.solver import round_to_nearest
 
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+import p_gptq
+
+
 ROOT = Path(__file__).resolve().parents[1]
 WIKITEXT = ROOT.parent / "shared" / "data" / "wikitext2"
 GROUP = 64
@@ -49,6 +59,8 @@ ARMS = {
     "P-GPTQ, prefix left out": {"skip_first": 1, "prefix_weight": 0.0},
     "S-P-GPTQ, prefix left out": {"skip_first": 1, "prefix_weight": 0.0, "smoothing": True},
 }
+
+TRAINING = {"steps": 800, "batch_size": 4, "length": 512, "seed": 0}
 
 # Runs in the peer's environment, where our package cannot be imported.
 PEER = """
@@ -75,7 +87,7 @@ torch.save({"seconds": seconds, "weights": state}, output)
 
 
 def load(source: Path):
-    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).eval()
+    return AutoModelForCausalLM.from_pretrained(source, dtype="auto").eval()
 
 
 def as_llama(checkpoint: Path) -> Path:
@@ -91,6 +103,36 @@ def as_llama(checkpoint: Path) -> Path:
 
 def texts(split: str) -> str:
     return "".join(pq.read_table(WIKITEXT / f"{split}.parquet")["text"].to_pylist())
+
+
+def trained() -> Path:
+    """The small model, trained once and kept."""
+    folder = ROOT / "build" / "bench_p_gptq" / "-".join(["trained", *map(str, TRAINING.values())])
+    if not folder.is_dir():
+        began = time.process_time()
+        text = texts("validation")
+        model, tokenizer = p_gptq.train(text[len(text) // 4 :], **TRAINING)
+        print(f"trained in {time.process_time() - began:.0f} CPU seconds", flush=True)
+        partial = folder.with_name("trained.unfinished")
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.rename(folder)
+    return folder
+
+
+@torch.no_grad()
+def first_over_median(model, rows: torch.Tensor) -> list[float]:
+    """Of each block: the largest |input| of down_proj at the prefix over the median position's, `rows` [B, S]."""
+    found = []
+    handles = [
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, args: found.append(args[0].abs().amax(-1)))
+        for layer in model.model.layers
+    ]
+    model(input_ids=torch.cat([torch.tensor(PREFIX).expand(len(rows), -1), rows], 1))
+    for handle in handles:
+        handle.remove()
+    return [round((largest[0, 0] / largest[:, 1:].median()).item(), 2) for largest in found]
 
 
 @torch.no_grad()
@@ -113,18 +155,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--peer", action="store_true", help="compare with Optimum and gptqmodel (benchmarks/peers.py)")
+    parser.add_argument("--trained", action="store_true", help="a small model trained here instead of SmolLM2")
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "p_gptq_smollm2.json")
+    parser.add_argument("--json", type=Path, help="default benchmarks/results/p_gptq_{smollm2,trained}.json")
     args = parser.parse_args()
+    if args.trained and args.peer:
+        parser.error("--peer compares on SmolLM2; leave --trained out")
+    name = "trained" if args.trained else "smollm2"
+    args.json = args.json or ROOT / "benchmarks" / "results" / f"p_gptq_{name}.json"
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     num_samples, read, seeds = (16, 8192, args.seeds or 3) if args.quick else (64, 32768, args.seeds or 5)
-    source = as_llama(smollm2_path())
+    source = trained() if args.trained else as_llama(smollm2_path())
     tokenizer = AutoTokenizer.from_pretrained(source)
     rows = torch.tensor(tokenizer(texts("test"), verbose=False)["input_ids"][:read]).view(-1, 512)
     setting = {"rows": num_samples, "row_tokens": 512, "tokens_read": read, "group_size": GROUP, "prefix": PREFIX}
+    calibration_text, row_tokens = texts("validation"), 512
+    if args.trained:
+        calibration_text, row_tokens = calibration_text[: len(calibration_text) // 4], 256
+        setting |= {"calibration_row_tokens": row_tokens, "training": TRAINING}
     done = json.loads(args.json.read_text()) if args.json.is_file() else {"machine": machine(), "runs": []}
     if done.setdefault("setting", setting) != setting:
         sys.exit(f"{args.json} has runs of another size; name another file with --json")
@@ -139,8 +190,9 @@ def main() -> None:
 
     def calibration(seed: int) -> list[torch.Tensor]:
         return calibration_rows(
-            [texts("validation")], tokenizer, num_samples=num_samples, max_length=512, seed=seed, prefix_ids=PREFIX
-        )
+            [calibration_text], tokenizer,
+            num_samples=num_samples, max_length=row_tokens, seed=seed, prefix_ids=PREFIX,
+        )  # fmt: skip
 
     model = load(source)
     prefix = PrefixCache.from_model(model, PREFIX)
@@ -148,6 +200,7 @@ def main() -> None:
         record(
             method="full precision", bits=16, seed=0,
             computed=perplexity(model, rows), stored=perplexity(model, rows, prefix),
+            **({"first_over_median": first_over_median(model, rows[:8])} if args.trained else {}),
         )  # fmt: skip
     for bits in args.bits:
         if known("RTN", bits, 0):
@@ -170,8 +223,8 @@ def main() -> None:
                     continue
                 model = load(source)
                 quantizer = PGPTQQuantizer(
-                    bits=bits, group_size=GROUP, dataset=calibration(seed), num_samples=num_samples, max_length=512,
-                    prefix_ids=PREFIX, **ARMS[method],
+                    bits=bits, group_size=GROUP, dataset=calibration(seed), num_samples=num_samples,
+                    max_length=row_tokens, prefix_ids=PREFIX, **ARMS[method],
                 )  # fmt: skip
                 began = time.process_time()
                 quantizer.quantize_model(model)
@@ -241,6 +294,20 @@ def table(runs: list[dict]) -> None:
                 cell += f" ± {statistics.stdev(values):.2f}"
             cells.append(cell)
         print(f"| {bits} | {method} | {len(mine)} | " + " | ".join(cells) + " |")
+    print("\nPerplexity above GPTQ's with the same rows, mean ± standard error over seeds:")
+    for bits, method in dict.fromkeys((run["bits"], run["method"]) for run in runs if run["method"] in ARMS):
+        plain, mine = (
+            {run["seed"]: run for run in runs if (run["bits"], run["method"]) == (bits, name)}
+            for name in ("GPTQ", method)
+        )
+        seeds = sorted(plain.keys() & mine.keys())
+        if method == "GPTQ" or len(seeds) < 2:
+            continue
+        cells = []
+        for key in ("computed", "stored"):
+            above = [mine[seed][key] - plain[seed][key] for seed in seeds]
+            cells.append(f"{key} {statistics.mean(above):+.3f} ± {statistics.stdev(above) / len(above) ** 0.5:.3f}")
+        print(f"{bits} bits, {method}: {', '.join(cells)}")
 
 
 if __name__ == "__main__":

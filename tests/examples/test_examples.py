@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from transformers_minicpm4 import InfLLMv2Config, MiniCPM4Config, MiniCPM4ForCausalLM
 from transformers_minicpm4.generation.chat import chat_template
+from transformers_minicpm4.model.prefix_cache import PrefixCache
 
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -52,6 +53,24 @@ def test_p_gptq(real_checkpoint, tmp_path, monkeypatch, capsys):
     assert computed > rounded
     assert "The capital of France is Paris" in out
     assert sorted(path.name for path in (tmp_path / "int4" / "prefix_cache").iterdir()) == ["keys_values.safetensors"]
+
+
+def test_p_gptq_trained_from_scratch(tmp_path, monkeypatch, capsys):
+    arguments = ["--train_steps", "12", "--output", str(tmp_path / "int4"), "--num_samples", "2"]
+    monkeypatch.setattr(sys, "argv", ["p_gptq.py", *arguments])
+    runpy.run_path(str(EXAMPLES / "p_gptq.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    full, rounded, computed, stored = map(float, re.findall(r"perplexity ([\d.]+)", out))
+    assert full < 1500, "below a guess among 2,048 tokens"
+    assert max(rounded, computed, stored) < 1.1 * full
+    prefix = PrefixCache.load(tmp_path / "int4")
+    assert (len(prefix.keys), prefix.token_ids) == (4, [1])
+
+
+def test_p_gptq_trains_the_same_model_again():
+    train = runpy.run_path(str(EXAMPLES / "p_gptq.py"))["train"]
+    (first, _), (second, _) = (train("\n".join(map(str, range(900))), 3, length=64) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(first.parameters(), second.parameters(), strict=True))
 
 
 def test_bitcpm4(real_checkpoint, tmp_path, monkeypatch, capsys):
