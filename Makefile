@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test assets kernels kernels-aot lint format notebooks clean
+.PHONY: help demo test test-slow assets kernels kernels-aot lint format notebooks clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -29,6 +29,9 @@ test: assets  ## the whole suite (ARGS="tests/model -k cache")
 ifeq ($(strip $(ARGS)),)
 	$(VENV)/bin/python -m pytest hub_kernels/infllm_v2/tests
 endif
+
+test-slow: assets  ## proofs that take many minutes, such as a learning run over seeds
+	$(VENV)/bin/python -m pytest -m slow $(ARGS)
 
 assets: $(VENV)/.installed  ## fetch and convert the SmolLM2-135M-Instruct weights, once
 	@echo "make: looking for the weights (a few seconds)"

@@ -55,6 +55,17 @@ def test_p_gptq(real_checkpoint, tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in (tmp_path / "int4" / "prefix_cache").iterdir()) == ["keys_values.safetensors"]
 
 
+def test_chunkwise_grpo(tmp_path):
+    """A few steps: the warm start has learned something, and rollouts were under way when training stopped."""
+    arguments = ["--max_steps", "6", "--warm_start_steps", "40", "--tested", "16", "--output_dir", str(tmp_path)]
+    command = [sys.executable, str(EXAMPLES / "chunkwise_grpo.py"), *arguments]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert len(re.findall(r"[\d.]+ of 16 answers right", out)) == 2
+    steps = re.findall(r"^\| (\d+) \| [\d.]+ \| ([\d.]+) \|", out, re.MULTILINE)
+    assert [int(step) for step, _ in steps] == [1, 2, 3, 4, 5, 6]
+    assert float(steps[-1][1]) > 0
+
+
 def test_p_gptq_trained_from_scratch(tmp_path, monkeypatch, capsys):
     arguments = ["--train_steps", "12", "--output", str(tmp_path / "int4"), "--num_samples", "2"]
     monkeypatch.setattr(sys, "argv", ["p_gptq.py", *arguments])

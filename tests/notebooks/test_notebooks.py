@@ -1,6 +1,7 @@
 """Each notebook is the rendering of its text source, runs from top to bottom in a real kernel, and shows its point."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,15 @@ def test_ultraclean():
     assert counts["kept"] > 300
     assert "| reference |" in text
     assert "image/png" in types
+
+
+def test_chunkwise_rl():
+    notebook = jupytext.read(NOTEBOOKS / "05_chunkwise_rl.py")
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    text, types = shown(notebook)
+    whole, chunked = map(float, re.search(r"used slots: whole ([\d.]+), chunk-wise ([\d.]+)", text).groups())
+    assert chunked > 1.5 * whole
+    spanning, completions = map(int, re.search(r"(\d+) of (\d+) completions were sampled by more", text).groups())
+    assert 0.1 * completions < spanning < completions
+    assert types.count("image/png") == 3
+    assert shown(notebook, "stderr")[0] == ""

@@ -13,20 +13,27 @@ from importlib import import_module
 from .errors import UserError, one_line
 
 
-COMMANDS = ("demo", "generate", "info", "env", "ultraclean", "serve", "chat")
-# Their arguments belong to Transformers' command of the same name and are not parsed here.
-HANDED_OVER = ("serve", "chat")
+COMMANDS = ("demo", "generate", "info", "plan", "env", "ultraclean", "chunk-plan", "grpo", "serve", "chat")
+# Their arguments are not parsed here: Transformers' command of the same name does, for `grpo` TRL's parser.
+HANDED_OVER = ("grpo", "serve", "chat")
 
 EXAMPLES = """\
 examples:
   minicpm4 demo                                          a real model reads a long text and answers
   minicpm4 generate MODEL --prompt "Name three rivers."  one answer, streamed
   minicpm4 info openbmb/MiniCPM4-8B                      what a checkpoint is, before it is loaded
+  minicpm4 plan openbmb/MiniCPM4-8B --device orin-nx     what fits on a device, before any weight is there
   minicpm4 env                                           what this machine can run
   minicpm4 ultraclean filter crawl.parquet --model quality.bin -o kept
+  minicpm4 chunk-plan lengths.jsonl --max-completion-length 8192 --batch 256 --num-generations 8
+  minicpm4 grpo --config recipe.yaml --output_dir out    reinforcement learning with chunk-wise rollouts
 
 MODEL is a folder or a Hub id. `minicpm4 COMMAND --help` has examples for each command.
 """
+
+
+def _module(command: str):
+    return import_module(f".{command.replace('-', '_')}", __package__)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name in COMMANDS:
-        import_module(f".{name}", __package__).register(subparsers)
+        _module(name).register(subparsers)
     for name, subparser in subparsers.choices.items():
         if name not in HANDED_OVER:
             # SUPPRESS: an absent flag here must not undo the one given before the command.
@@ -76,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         print(__version__)
         return 0
     try:
-        return import_module(f".{args.command}", __package__).run(args) or 0
+        return _module(args.command).run(args) or 0
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130

@@ -76,6 +76,8 @@ class InfLLMv2CacheLayer(DynamicLayer):
         self.config = config
         self.row_starts: list[int] | None = None
         self._compressed_length = 0  # tokens that the compressed keys account for
+        # Keys, values and un-rotated keys of drafted rows that are not decided yet (`tree.tree_attention`).
+        self.drafted: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -152,7 +154,17 @@ class InfLLMv2CacheLayer(DynamicLayer):
                     stored.buffer[row, :, done:count] = compress_keys(tokens, size, stride)
         self._compressed_length = length
 
+    def keep_drafted(self, rows: list[int]) -> None:
+        """Append the accepted ones of the rows that the last `tree_attention` left here, in order."""
+        chosen = torch.tensor(rows, device=self.device)
+        key, value, selection_key = (
+            None if tensor is None else tensor.index_select(2, chosen) for tensor in self.drafted
+        )
+        self.drafted = None
+        self.update(key, value, selection_key, self.row_starts)
+
     def reset(self) -> None:
+        self.drafted = None
         for stored in self._stored.values():
             stored.tensor = None
         self.row_starts, self._compressed_length = None, 0

@@ -43,6 +43,7 @@ from ..infllm_v2.attention_interface import packed_segments
 from ..infllm_v2.backend import row_starts
 from ..infllm_v2.cache import make_sparse
 from ..infllm_v2.kernel import kernelized
+from ..infllm_v2.tree import tree_attention
 from .configuration_minicpm4 import MiniCPM4Config
 
 
@@ -130,6 +131,7 @@ class MiniCPM4Attention(LlamaAttention):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         row_starts: list[int] | None = None,
+        draft_paths: list[list[int]] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
@@ -144,6 +146,19 @@ class MiniCPM4Attention(LlamaAttention):
         sparse = self.config._attn_implementation == ATTN_IMPLEMENTATION
         if sparse and kwargs["infllm_v2_config"].use_nope:
             kwargs["selection_query"], kwargs["selection_key"] = unrotated
+        if sparse and draft_paths is not None:
+            attn_output = tree_attention(
+                past_key_values.layers[self.layer_idx],
+                query_states,
+                key_states,
+                value_states,
+                draft_paths,
+                kwargs["infllm_v2_config"],
+                scaling=self.scaling,
+                selection_query=kwargs.get("selection_query"),
+                selection_key=kwargs.get("selection_key"),
+            )
+            return self.o_proj(attn_output.reshape(*input_shape, -1)), None
         if past_key_values is not None:
             if sparse:
                 key_states, value_states = past_key_values.update(
@@ -285,7 +300,9 @@ class MiniCPM4Model(MiniCPM4PreTrainedModel, LlamaModel):
             self.rotary_emb.warn_if_cache_crosses(position_ids)
 
         if self.config._attn_implementation == ATTN_IMPLEMENTATION:
-            segments = packed_segments(position_ids, attention_mask, inputs_embeds.shape[0])
+            # Positions of a drafted tree repeat, but begin no new sequence.
+            drafted = kwargs.get("draft_paths") is not None
+            segments = None if drafted else packed_segments(position_ids, attention_mask, inputs_embeds.shape[0])
             if segments is not None and not past_seen_tokens:
                 use_cache, past_key_values = False, None  # packed sequences share no past that could be continued
             kwargs.update(infllm_v2_config=self.config.infllm_v2, segments=segments)

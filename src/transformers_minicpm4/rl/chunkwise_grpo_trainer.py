@@ -31,7 +31,7 @@ from trl.trainer.utils import RepeatSampler, nanstd
 
 from .chunkwise_grpo_config import ChunkwiseGRPOConfig
 from .garble import REASONS, GarbleFilter
-from .reward_guard import guarded
+from .reward_guard import RewardError, guarded
 from .rollout_store import Group, RolloutStore, Trajectory
 from .sampling import Budgets, LogprobRecorder, TrajectorySampler
 
@@ -63,7 +63,8 @@ class ChunkwiseGRPOTrainer(GRPOTrainer):
     ```
 
     Raises:
-        ValueError: tools, environments, `rollout_func`, images, or a streaming dataset.
+        ValueError: tools, environments, `rollout_func`, or images. `TypeError`: a streaming dataset.
+        RewardError: in training; a reward function raised or took too long, or rewards were equal for too long.
     """
 
     _tag_names = ["trl", "grpo", "chunkwise-grpo"]
@@ -165,14 +166,13 @@ class ChunkwiseGRPOTrainer(GRPOTrainer):
         began = time.perf_counter()
         batch = self._next_batch()
         rows = [(group, row) for group in batch for row in group.trajectories]
-        share = len(rows) // self.accelerator.num_processes
-        first = self.accelerator.process_index * share
-        self._served = rows[first : first + share]
+        self._served = _share(rows, self.accelerator)
         self._served_rewards = torch.tensor([row.rewards for _, row in rows], device=self.accelerator.device)
         for column in sorted({column for _, row in self._served for column in row.extra}):
             self._pending_extra_logs[column] = [row.extra.get(column) for _, row in self._served]
+        served = self._served
         try:
-            output = super()._generate_and_score_completions([self._example(group) for group, _ in self._served])
+            output = super()._generate_and_score_completions([self._example(group) for group, _ in served])
         finally:
             self._served = self._served_rewards = None
         # Equation 8: the ratio of each token is against the policy of its own chunk. Where it is not wanted, TRL's own
@@ -180,9 +180,8 @@ class ChunkwiseGRPOTrainer(GRPOTrainer):
         behavior = output.pop("sampling_per_token_logps")
         if self.args.chunk_importance_ratio:
             output["old_per_token_logps"] = behavior
-        garbled = [row.garbled is not None for _, row in rows]
-        if any(garbled):
-            kept = ~torch.tensor(garbled[first : first + share], device=self.accelerator.device)
+        if any(row.garbled for _, row in rows):
+            kept = torch.tensor([not row.garbled for _, row in served], device=self.accelerator.device)
             # TRL multiplies the loss by `tool_mask`; attention still sees the tokens.
             output["tool_mask"] = kept[:, None].expand_as(output["completion_mask"]).long()
             counted = (output["completion_mask"] * output["tool_mask"]).sum()
@@ -219,10 +218,16 @@ class ChunkwiseGRPOTrainer(GRPOTrainer):
         rows = self.rollouts.unfinished()
         if not rows:
             return
+        processes = self.accelerator.num_processes
+        width = -(-len(rows) // processes)
         if self.args.sampling_streams == "trajectory":
-            # Rows of like length side by side waste less padding; with streams of their own the order is free.
+            # Rows of like length side by side waste less padding; with streams of their own the order is free. Dealt
+            # out like cards, so that no process has all the long ones.
             rows.sort(key=lambda item: len(item[0].prompt_ids) + len(item[1].token_ids))
-        mine, width = _share(rows, self.accelerator)
+            places = [place for first in range(processes) for place in range(first, width * processes, processes)]
+        else:
+            places = list(range(width * processes))
+        mine = _share([rows[min(place, len(rows) - 1)] for place in places], self.accelerator)
         size = self.args.rollout_batch_size or width
         sampled = []
         # Every process makes the same number of calls: sharded weights are gathered in each.
@@ -230,7 +235,10 @@ class ChunkwiseGRPOTrainer(GRPOTrainer):
             part = mine[start : start + size]
             sampled += zip(*self._sample(part), strict=True)
         version = self.state.global_step
-        for (_, row), (token_ids, logprobs, ended) in zip(rows, gather_object(sampled)[: len(rows)], strict=True):
+        for place, (token_ids, logprobs, ended) in zip(places, gather_object(sampled), strict=True):
+            if place >= len(rows):
+                continue  # sampled twice to fill up a process
+            row = rows[place][1]
             self.rollouts.extend(row, token_ids, logprobs, version, ended)
             self._counted["generated_tokens"] += len(token_ids)
 
@@ -307,7 +315,6 @@ class ChunkwiseGRPOTrainer(GRPOTrainer):
                 torch.cat([left, right], dim=1),
                 torch.cat([left_mask, right_mask], dim=1),
                 longest,
-                batch_size=self.args.per_device_train_batch_size,
             )
         self._seconds["logprobs"] += time.perf_counter() - began
         return values.float()
@@ -321,7 +328,9 @@ class ChunkwiseGRPOTrainer(GRPOTrainer):
             return
         began = time.perf_counter()
         rows = [(group, row) for group in groups for row in group.trajectories]
-        mine, _ = _share(rows, self.accelerator)
+        width = -(-len(rows) // self.accelerator.num_processes)
+        filled = rows + [rows[-1]] * (width * self.accelerator.num_processes - len(rows))
+        mine = _share(filled, self.accelerator)
         examples = [self._example(group) for group, _ in mine]
         ids = [row.token_ids.tolist() for _, row in mine]
         completions = self._decoded([example["prompt"] for example in examples], [group for group, _ in mine], ids)
@@ -372,7 +381,7 @@ class ChunkwiseGRPOTrainer(GRPOTrainer):
         limit = self.args.max_resampled_batches * self.rollouts.groups_per_batch
         if self._dropped_in_a_row > limit:
             last = [row.rewards for row in groups[-1].trajectories]
-            raise RuntimeError(
+            raise RewardError(
                 f"{self._dropped_in_a_row} groups in a row had equal rewards for all {self.num_generations} "
                 f"completions (the last: {last}), more than max_resampled_batches={self.args.max_resampled_batches} "
                 "batches. Nothing can be learned from them: look at the rewards (too easy, too hard, or a fault), or "
@@ -399,7 +408,7 @@ class ChunkwiseGRPOTrainer(GRPOTrainer):
         errors = gather_object(list(self._reward_errors))
         self._reward_errors.clear()
         if errors:
-            raise RuntimeError(f"{errors[0]}. Training has stopped; the last checkpoint is as it was.")
+            raise RewardError(f"{errors[0]}. Training has stopped; the last checkpoint is as it was.")
         return rewards
 
     # --- Metrics -------------------------------------------------------------------------------------------------
@@ -412,6 +421,14 @@ class ChunkwiseGRPOTrainer(GRPOTrainer):
             for made, length in row.chunks:
                 tokens[version - made] += length
         trained = sum(tokens.values())
+        overlong = self.args.mask_truncated_completions
+        masked = sum(row.garbled is not None or (overlong and not row.ended) for _, row in rows)
+        if masked == len(rows):
+            logger.warning(
+                f"step {version}: every completion of the batch is overlong or garbled and has left the loss, so that "
+                f"nothing is learned from it. Raise max_completion_length={self.max_completion_length}, or set "
+                "mask_truncated_completions=False."
+            )
         slots = sum(gather_object([counted["slots"]]))
         values = {
             "live_rows": len(self.rollouts.unfinished()),
@@ -422,6 +439,7 @@ class ChunkwiseGRPOTrainer(GRPOTrainer):
             "tokens_generated_per_trained": counted["generated_tokens"] / trained,
             "groups_dropped": counted["groups_dropped"],
             "garbled_rows": sum(row.garbled is not None for _, row in rows),
+            "masked_rows": masked,
             "staleness/mean": sum(age * length for age, length in tokens.items()) / trained,
             "staleness/max": max(tokens),
         }
@@ -572,12 +590,10 @@ class _PromptOrder:
         return self.order[self.place - 1]
 
 
-def _share(rows: list, accelerator) -> tuple[list, int]:
-    """This process's rows, and how many each has: the last ones are filled up, for all take part in every call."""
-    width = -(-len(rows) // accelerator.num_processes)
-    filled = rows + [rows[-1]] * (width * accelerator.num_processes - len(rows))
-    first = accelerator.process_index * width
-    return filled[first : first + width], width
+def _share(rows: list, accelerator) -> list:
+    """This process's stretch of `rows`, which divide evenly: all take part in every call."""
+    width = len(rows) // accelerator.num_processes
+    return rows[accelerator.process_index * width : (accelerator.process_index + 1) * width]
 
 
 def _left_padded(rows: list[list[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,15 @@ from collections.abc import Callable
 from contextlib import contextmanager
 
 from torch import nn
+from transformers.utils import logging
 from trl.trainer.utils import is_async_callable
+
+
+logger = logging.get_logger(__name__)
+
+
+class RewardError(RuntimeError):
+    """Rewards that training cannot go on with."""
 
 
 class RewardTimeout(Exception):
@@ -54,20 +62,21 @@ def deadline(seconds: float | None):
 
 def guarded(function: Callable, name: str, seconds: float | None, errors: list[str]) -> Callable:
     """
-    `function`, but what it raises is noted in `errors` and its rows get no reward: all processes then reach the same
-    collective call, and all can stop. Models are returned as they are.
+    `function`, but what it raises is logged with its traceback and noted in `errors`, and its rows get 0: all
+    processes then reach the same collective call, and all can stop. Models are returned as they are.
     """
     if isinstance(function, nn.Module):
         return function
 
-    def failed(error: Exception, rows: int) -> list[None]:
+    def failed(error: Exception, rows: int) -> list[float]:
+        logger.error(f"reward function {name!r}", exc_info=error)
         if isinstance(error, RewardTimeout | asyncio.TimeoutError):
             errors.append(
                 f"the reward function {name!r} did not return within reward_timeout={seconds} s for {rows} completions"
             )
         else:
             errors.append(f"the reward function {name!r} raised {type(error).__name__}: {error}")
-        return [None] * rows
+        return [0.0] * rows
 
     if is_async_callable(function):
 
