@@ -13,7 +13,7 @@ from importlib import import_module
 from .errors import UserError, one_line
 
 
-COMMANDS = ("demo", "generate", "info", "env", "ultraclean", "chunk-plan", "grpo", "serve", "chat")
+COMMANDS = ("demo", "generate", "info", "plan", "env", "ultraclean", "chunk-plan", "grpo", "serve", "chat")
 # Their arguments are not parsed here: Transformers' command of the same name does, for `grpo` TRL's parser.
 HANDED_OVER = ("grpo", "serve", "chat")
 
@@ -22,6 +22,7 @@ examples:
   minicpm4 demo                                          a real model reads a long text and answers
   minicpm4 generate MODEL --prompt "Name three rivers."  one answer, streamed
   minicpm4 info openbmb/MiniCPM4-8B                      what a checkpoint is, before it is loaded
+  minicpm4 plan openbmb/MiniCPM4-8B --device orin-nx     what fits on a device, before any weight is there
   minicpm4 env                                           what this machine can run
   minicpm4 ultraclean filter crawl.parquet --model quality.bin -o kept
   minicpm4 chunk-plan lengths.jsonl --max-completion-length 8192 --batch 256 --num-generations 8
