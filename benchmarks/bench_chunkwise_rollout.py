@@ -4,7 +4,11 @@ CPU seconds of chunk-wise GRPO against TRL's GRPOTrainer: sampling and whole tra
 Task, tokenizer and model are those of `examples/chunkwise_grpo.py`, warm-started once (build/chunkwise). Every arm is
 a real `train()` in a thread of its own; a turnstile lets the arms take their steps in turns, one at a time. Weights
 hardly move (lr 1e-7), so all arms sample from one policy throughout. The first steps, in which chunked arms fill up,
-are left out. Times are CPU seconds of the process (`time.process_time`), one torch thread:
+are left out. Times are CPU seconds of the process (`time.process_time`), one torch thread.
+
+Chunked arms sample in calls of at most a batch's rows (`rollout_batch_size`), but for those called "one call", in
+which short and long rows share a call and its padding. "means" are ratios of the sums over all steps, with the range
+of nine in ten bootstrap samples of the steps; the others are ratios of medians:
 
     OMP_NUM_THREADS=1 python benchmarks/bench_chunkwise_rollout.py --json benchmarks/results/chunkwise_rollout_cpu.json
 """
@@ -12,6 +16,7 @@ are left out. Times are CPU seconds of the process (`time.process_time`), one to
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import sys
 import tempfile
@@ -171,6 +176,7 @@ class Arm(TrainerCallback):
                 "logprobs": self.seconds["logprobs"],
                 "step": step,
                 **self.counts,
+                "trained": logs["completions/mean_length"] * args.train_batch_size,
                 "mean_length": logs["completions/mean_length"],
                 "max_length": logs["completions/max_length"],
                 **{key[len(prefix) :]: value for key, value in logs.items() if key.startswith(prefix)},
@@ -185,26 +191,31 @@ def summary(name: str, steps: list[dict], vanilla: list[dict]) -> dict:
     def total(key: str) -> float:
         return sum(step.get(key, 0.0) for step in steps)
 
-    def ratios(key: str, *added: str) -> dict:
+    def ratio(key: str, *added: str) -> float:
         ours, theirs = ([sum(step[k] for k in (key, *added)) for step in arm] for arm in (steps, vanilla))
-        return {
-            "median": round(statistics.median(ours) / statistics.median(theirs), 3),
-            "mean": round(sum(ours) / sum(theirs), 3),
-        }
+        return round(statistics.median(ours) / statistics.median(theirs), 3)
 
-    generated = total("tokens_generated") or 32 * total("mean_length")
-    trained = 32 * total("mean_length")
+    def ratio_of_means(key: str, *added: str) -> str:
+        ours, theirs = ([sum(step[k] for k in (key, *added)) for step in arm] for arm in (steps, vanilla))
+        chooser = random.Random(0)
+        found = sorted(
+            sum(chooser.choices(ours, k=len(ours))) / sum(chooser.choices(theirs, k=len(theirs))) for _ in range(1000)
+        )
+        return f"{sum(ours) / sum(theirs):.3f} ({found[50]:.2f} to {found[949]:.2f})"
+
+    trained = total("trained")
+    generated = total("tokens_generated") or trained
     return {
         "arm": name,
         "sampling s": round(middle("sampling"), 3),
         "logprobs s": round(middle("logprobs"), 3),
         "step s": round(middle("step"), 3),
-        "sampling": ratios("sampling")["median"],
-        "sampling, means": ratios("sampling")["mean"],
-        "with logprobs": ratios("sampling", "logprobs")["median"],
-        "with logprobs, means": ratios("sampling", "logprobs")["mean"],
-        "step": ratios("step")["median"],
-        "step, means": ratios("step")["mean"],
+        "sampling": ratio("sampling"),
+        "sampling, means": ratio_of_means("sampling"),
+        "with logprobs": ratio("sampling", "logprobs"),
+        "with logprobs, means": ratio_of_means("sampling", "logprobs"),
+        "step": ratio("step"),
+        "step, means": ratio_of_means("step"),
         "slots used": round(generated / total("slots"), 3),
         "decode steps": round(total("decode_steps") / len(steps), 1),
         "rows a decode step": round(total("slots") / total("decode_steps"), 1),
@@ -223,7 +234,7 @@ def summary(name: str, steps: list[dict], vanilla: list[dict]) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip())
-    parser.add_argument("--steps", type=int, default=40, help="measured, after the warm-up")
+    parser.add_argument("--steps", type=int, default=60, help="measured, after the warm-up")
     parser.add_argument("--warm_start_steps", type=int, default=400)
     parser.add_argument("--rows", type=int, default=32, help="replies a step")
     parser.add_argument("--learning_rate", type=float, default=1e-7)
@@ -235,8 +246,11 @@ def main(argv: list[str] | None = None) -> None:
     warm_up = LENGTH // min(arguments.chunks) + 2
     plans = {"vanilla": (None, {})}
     for chunk in arguments.chunks:
-        for mode in ("generation", "recompute"):
-            plans[f"L/{LENGTH // chunk}, {mode}"] = (chunk, {"behavior_logprobs": mode})
+        name, split = f"L/{LENGTH // chunk}", {"rollout_batch_size": arguments.rows}
+        plans[name] = (chunk, {"behavior_logprobs": "generation", **split})
+        if chunk < LENGTH // 2:
+            plans[f"{name}, recompute"] = (chunk, {"behavior_logprobs": "recompute", **split})
+            plans[f"{name}, one call"] = (chunk, {"behavior_logprobs": "generation"})
     turnstile = Turnstile(list(plans))
     problems = example.problems(4096, seed=1)
     arms = []
@@ -263,7 +277,7 @@ def main(argv: list[str] | None = None) -> None:
     for thread in threads:
         thread.join()
     measured = {arm.name: arm.steps[warm_up:] for arm in arms}
-    rows = [{**summary(name, steps, measured["vanilla"])} for name, steps in measured.items()]
+    rows = [summary(name, steps, measured["vanilla"]) for name, steps in measured.items()]
     columns = [name for name in rows[0] if name != "steps measured"]
     for row, arm in zip(rows, arms):
         row["steps"] = arm.steps

@@ -9,7 +9,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from arithmetic import make_policy
 from tolerances import within
-from transformers_minicpm4.rl.sampling import Budgets, LogprobRecorder, TrajectorySampler, uniforms
+from transformers_minicpm4.rl.sampling import Budgets, LogprobRecorder, TrajectorySampler, prefill, uniforms
 
 
 # Chi-square: a right sampler fails one of these once in 10,000 runs of other seeds; the seeds are fixed.
@@ -92,6 +92,34 @@ def test_noted_log_probabilities_are_those_of_another_forward_pass(kind):
     got = sampler.logprobs(sequences)
     assert got.shape == want.shape == (5, 9)
     assert within((got - want).abs().max().item(), "behavior_logprobs_float32")
+
+
+@pytest.mark.parametrize("kind", ["llama", "minicpm4"])
+def test_rows_prefilled_by_length_go_on_as_if_prefilled_together(kind, tiny_model):
+    """Float64; the padding in front of a short row is long."""
+    model = make_policy().double().eval() if kind == "llama" else tiny_model("sdpa")
+    lengths = [3, 40, 9, 2, 38, 25]
+    mask = torch.arange(40) >= 40 - torch.tensor(lengths)[:, None]
+    ids = torch.randint(2, 43, (6, 40), generator=torch.Generator().manual_seed(1)) * mask
+    options = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0}
+    options |= {"output_logits": True, "return_dict_in_generate": True, "attention_mask": mask.long()}
+    cache = prefill(model, ids, mask.long(), 12)
+    assert cache.get_seq_length() == 39
+    apart = model.generate(ids, past_key_values=cache, **options)
+    together = model.generate(ids, **options)
+    assert torch.equal(apart.sequences, together.sequences)
+    errors = [(a - b).abs().max().item() for a, b in zip(apart.logits, together.logits, strict=True)]
+    assert within(max(errors), "logits_float64")
+
+
+def test_nothing_is_prefilled_apart_where_it_would_not_be_the_same(tiny_model, sparse_config):
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, :6] = 0
+    ids = torch.ones(2, 9, dtype=torch.long)
+    assert prefill(make_policy(), ids, mask, 4) is not None
+    assert prefill(tiny_model("infllm_v2", sparse_config=sparse_config.to_dict()), ids, mask, 4) is None
+    mask[0, :8] = 0
+    assert prefill(make_policy(), ids, mask, 4) is None
 
 
 def test_every_row_ends_at_its_own_budget():

@@ -33,7 +33,7 @@ from .chunkwise_grpo_config import ChunkwiseGRPOConfig
 from .garble import REASONS, GarbleFilter
 from .reward_guard import RewardError, guarded
 from .rollout_store import Group, RolloutStore, Trajectory
-from .sampling import Budgets, LogprobRecorder, TrajectorySampler
+from .sampling import Budgets, LogprobRecorder, TrajectorySampler, prefill
 
 
 logger = logging.get_logger(__name__)
@@ -279,9 +279,14 @@ class ChunkwiseGRPOTrainer(GRPOTrainer):
             torch.no_grad(),
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
         ):
+            # Sharded weights are gathered in every pass, so all processes must make the same number of them.
+            apart = self.args.sampling_streams == "trajectory" and not (self._dist.is_zero3 or self._dist.is_fsdp)
+            apart = apart and self.args.cache_implementation is None
+            cache = prefill(model, input_ids, attention_mask, max(budgets)) if apart else None
             sequences = model.generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
+                past_key_values=cache,
                 generation_config=GenerationConfig(**kwargs, disable_compile=True),
                 logits_processor=LogitsProcessorList([sampler] if sampler else []),
                 stopping_criteria=StoppingCriteriaList([Budgets(budgets, width, device)]),

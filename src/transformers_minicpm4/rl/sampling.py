@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from transformers import (
+    DynamicCache,
     LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -17,6 +18,11 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.cache_utils import DynamicLayer
+
+
+# Rows down to this share of the longest are prefilled with it.
+LIKE_LENGTH = 0.6
 
 
 def uniforms(seed: int, numbers: np.ndarray, samples: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -99,6 +105,76 @@ class LogprobRecorder(LogitsProcessor):
         """Of the tokens sampled [B, T]; `sequences` [B, S] is what `generate` returned."""
         self._note(sequences)
         return torch.stack(self.noted, dim=1)
+
+
+class ReservedLayer(DynamicLayer):
+    """A cache layer whose room was reserved: appending a token copies that token, not the whole past."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int):
+        """`keys`, `values` `[B, heads, room, head size]`, filled up to `length`."""
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.buffers = (keys, values)
+        self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        begin = self.keys.shape[2]
+        end = begin + key_states.shape[2]
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, begin:end] = new
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        return self.keys, self.values
+
+
+@torch.no_grad()
+def prefill(model, input_ids: torch.Tensor, attention_mask: torch.Tensor, room: int) -> DynamicCache | None:
+    """
+    The cache of all tokens but the last, computed a few rows of like length at a time: fresh prompts are not padded to
+    the longest rollout, and all rows still decode in one loop.
+
+    Args:
+        input_ids, attention_mask `[B, S]`: padded on the left.
+        room: tokens that will follow.
+
+    Returns:
+        What `generate` takes as `past_key_values`, or `None` where a row has but one token, or the model keeps
+        something else than all keys and values (sliding windows, compressed keys).
+    """
+    lengths = attention_mask.sum(1).tolist()
+    width = input_ids.shape[1]
+    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
+    if min(lengths) < 2 or kinds != {DynamicLayer} or model.config._attn_implementation == "infllm_v2":
+        return None
+    rest = sorted(range(len(lengths)), key=lengths.__getitem__)
+    whole: list[tuple[torch.Tensor, torch.Tensor]] = []
+    while rest:
+        least = LIKE_LENGTH * lengths[rest[-1]]
+        rows = [row for row in rest if lengths[row] > least]
+        rest = [row for row in rest if lengths[row] <= least]
+        begin = width - lengths[rows[-1]]
+        mask = attention_mask[rows, begin:-1]
+        part = DynamicCache(config=model.config)
+        model(
+            input_ids=input_ids[rows, begin:-1],
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+            past_key_values=part,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        for index, layer in enumerate(part.layers):
+            if len(whole) == index:
+                whole.append(
+                    tuple(
+                        tensor.new_zeros(len(lengths), tensor.shape[1], width - 1 + room, tensor.shape[3])
+                        for tensor in (layer.keys, layer.values)
+                    )
+                )
+            keys, values = whole[index]
+            keys[rows, :, begin : width - 1], values[rows, :, begin : width - 1] = layer.keys, layer.values
+    cache = DynamicCache(config=model.config)
+    cache.layers = [ReservedLayer(keys, values, width - 1) for keys, values in whole]
+    return cache
 
 
 class Budgets(StoppingCriteria):
