@@ -118,6 +118,8 @@ def test_nothing_is_prefilled_apart_where_it_would_not_be_the_same(tiny_model, s
     ids = torch.ones(2, 9, dtype=torch.long)
     assert prefill(make_policy(), ids, mask, 4) is not None
     assert prefill(tiny_model("infllm_v2", sparse_config=sparse_config.to_dict()), ids, mask, 4) is None
+    scaled = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 10}
+    assert prefill(make_policy(rope_parameters=scaled), ids, mask, 4) is None
     mask[0, :8] = 0
     assert prefill(make_policy(), ids, mask, 4) is None
 

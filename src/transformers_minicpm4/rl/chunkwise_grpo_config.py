@@ -7,6 +7,17 @@ from dataclasses import dataclass, field
 from trl import GRPOConfig
 
 
+# Rules of `generate` that count from the beginning or to the end of a call, which is a chunk here.
+PER_CALL_RULES = (
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "min_length",
+    "min_new_tokens",
+    "begin_suppress_tokens",
+    "exponential_decay_length_penalty",
+)
+
+
 @dataclass
 class ChunkwiseGRPOConfig(GRPOConfig):
     r"""
@@ -188,11 +199,12 @@ class ChunkwiseGRPOConfig(GRPOConfig):
                 "False."
             )
         kwargs = dict(self.generation_kwargs or {})
-        owned = {"max_new_tokens", "max_length", "num_beams", "num_return_sequences", "stop_strings"} & kwargs.keys()
+        lengths = {"max_new_tokens", "max_length", *PER_CALL_RULES}
+        owned = {*lengths, "num_beams", "num_return_sequences", "stop_strings", "eos_token_id"} & kwargs.keys()
         if owned:
             raise ValueError(
                 f"generation_kwargs has {', '.join(sorted(owned))}, which chunk-wise rollouts set or cannot continue "
-                "across chunks; remove it (lengths are max_completion_length and chunk_length)."
+                "across chunks; remove it (lengths are max_completion_length and chunk_length, ends are the model's)."
             )
         warpers = {"typical_p", "epsilon_cutoff", "eta_cutoff", "top_h", "watermarking_config"} & kwargs.keys()
         if warpers and self.sampling_streams == "trajectory":

@@ -29,7 +29,7 @@ from trl.models import unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import RepeatSampler, nanstd
 
-from .chunkwise_grpo_config import ChunkwiseGRPOConfig
+from .chunkwise_grpo_config import PER_CALL_RULES, ChunkwiseGRPOConfig
 from .garble import REASONS, GarbleFilter
 from .reward_guard import RewardError, guarded
 from .rollout_store import Group, RolloutStore, Trajectory
@@ -131,6 +131,13 @@ class ChunkwiseGRPOTrainer(GRPOTrainer):
         )
         if self._is_vlm:
             raise ValueError("ChunkwiseGRPOTrainer trains text models; this one comes with a multimodal processor.")
+        left = self.model.generation_config
+        rules = [name for name in PER_CALL_RULES if getattr(left, name, None) not in (None, 0)]
+        if rules:
+            raise ValueError(
+                f"the model's generation_config has {', '.join(rules)}, which generate would apply to each chunk as "
+                f"if it were a whole completion. Set model.generation_config.{rules[0]} = None."
+            )
         groups_per_batch = args.generation_batch_size // args.num_generations
         if len(self.train_dataset) < groups_per_batch:
             raise ValueError(
@@ -281,7 +288,7 @@ class ChunkwiseGRPOTrainer(GRPOTrainer):
         ):
             # Sharded weights are gathered in every pass, so all processes must make the same number of them.
             apart = self.args.sampling_streams == "trajectory" and not (self._dist.is_zero3 or self._dist.is_fsdp)
-            apart = apart and self.args.cache_implementation is None
+            apart = apart and getattr(model.generation_config, "cache_implementation", None) is None
             cache = prefill(model, input_ids, attention_mask, max(budgets)) if apart else None
             sequences = model.generate(
                 input_ids=input_ids,
@@ -320,6 +327,8 @@ class ChunkwiseGRPOTrainer(GRPOTrainer):
                 torch.cat([left, right], dim=1),
                 torch.cat([left_mask, right_mask], dim=1),
                 longest,
+                # A quarter of the rows at a time: their activations then take about what their caches took.
+                batch_size=max(self.args.per_device_train_batch_size, -(-len(chunks) // 4)),
             )
         self._seconds["logprobs"] += time.perf_counter() - began
         return values.float()
@@ -378,8 +387,11 @@ class ChunkwiseGRPOTrainer(GRPOTrainer):
             rewards = torch.tensor([row.rewards for row in group.trajectories])
             # Unscorable rows have no part in the spread, as they have none in TRL's baseline.
             rewards = rewards[~rewards.isnan().all(dim=1)]
-            totals = (rewards * self.reward_weights.cpu()).nansum(dim=1)
-            if len(totals) < 2 or torch.isclose(nanstd(totals), torch.zeros(())):
+            values = (rewards * self.reward_weights.cpu()).nansum(dim=1, keepdim=True)
+            if self.multi_objective_aggregation == "normalize_then_sum":
+                values = rewards[:, self.reward_weights.cpu() != 0]  # each has a baseline of its own
+            spread = [nanstd(column[~column.isnan()]) for column in values.T if (~column.isnan()).sum() > 1]
+            if all(torch.isclose(value, torch.zeros(())) for value in spread):
                 self.rollouts.drop(group)
                 self._counted["groups_dropped"] += 1
                 self._dropped_in_a_row += 1
@@ -484,7 +496,8 @@ class ChunkwiseGRPOTrainer(GRPOTrainer):
             key=lambda path: int(path.name.rsplit("-", 1)[1]) if path.name.rsplit("-", 1)[1].isdigit() else -1,
         )
         for folder in reversed(folders):
-            if (folder / "trainer_state.json").is_file() and (folder / STORE).is_file():
+            state = folder / "trainer_state.json"
+            if state.is_file() and state.stat().st_size and (folder / STORE).is_file():
                 return str(folder)
             logger.warning(f"{folder} is not complete (the process was stopped while it saved); an older one is used.")
         # Let Trainer say that there is none.
@@ -500,14 +513,15 @@ class ChunkwiseGRPOTrainer(GRPOTrainer):
         if self.args.sync_ref_model:
             state = self.accelerator.get_state_dict(self.ref_model)
             if self.args.should_save:
-                _save_atomically({name: tensor.contiguous() for name, tensor in state.items()}, folder / REFERENCE)
+                # Clones: tied weights share memory, which the file format refuses.
+                _save_atomically({name: tensor.clone() for name, tensor in state.items()}, folder / REFERENCE)
         if self.args.should_save:
             self.rollouts.save(
                 folder / STORE,
                 prompts=self._prompts.state(),
                 seed=self.args.seed,
                 prompts_in_dataset=len(self.train_dataset),
-                processes=self.accelerator.num_processes,
+                **self._phases(),
                 micro_steps=self._step,
                 between_batches=not between,
                 dropped_in_a_row=self._dropped_in_a_row,
@@ -531,16 +545,17 @@ class ChunkwiseGRPOTrainer(GRPOTrainer):
                     f"{path} was written with {name}={facts[name]}, now it is {now}: the unfinished rollouts would "
                     "not fit. Resume with the same data and seed."
                 )
-        processes = self.accelerator.num_processes
-        if not facts["between_batches"] and facts["processes"] != processes:
-            raise ValueError(
-                f"{checkpoint} was saved in the middle of a batch by {facts['processes']} process(es), and there are "
-                f"{processes} now. Resume with {facts['processes']}, or from a checkpoint at the end of a batch "
-                f"(save_steps a multiple of {self._optimizer_steps_per_batch()})."
-            )
+        if not facts["between_batches"]:
+            for name, now in self._phases().items():
+                if facts[name] != now:
+                    raise ValueError(
+                        f"{checkpoint} was saved in the middle of a batch with {name}={facts[name]}, and now it is "
+                        f"{now}. Resume with {facts[name]}, or from a checkpoint at the end of a batch (save_steps a "
+                        f"multiple of {self._optimizer_steps_per_batch()})."
+                    )
         self._prompts.go_to(facts["prompts"])
         self._dropped_in_a_row = facts["dropped_in_a_row"]
-        self._step = facts["micro_steps"]
+        self._step = 0 if facts["between_batches"] else facts["micro_steps"]
         if not facts["between_batches"]:
             self._buffered_inputs = _unpacked(
                 load_file(Path(checkpoint) / self._buffer_name()), self.args.steps_per_generation, self.args.device
@@ -555,6 +570,15 @@ class ChunkwiseGRPOTrainer(GRPOTrainer):
                     "sharded. Start a new run from the checkpoint's weights, or set sync_ref_model=False."
                 )
             self.accelerator.unwrap_model(self.ref_model).load_state_dict(load_file(reference), strict=False)
+
+    def _phases(self) -> dict[str, int]:
+        """How a batch is cut into steps."""
+        return {
+            "processes": self.accelerator.num_processes,
+            "per_device_train_batch_size": self.args.per_device_train_batch_size,
+            "steps_per_generation": self.args.steps_per_generation,
+            "num_iterations": self.num_iterations,
+        }
 
     def _optimizer_steps_per_batch(self) -> int:
         micro = self.args.steps_per_generation * self.num_iterations

@@ -78,12 +78,19 @@ def guarded(function: Callable, name: str, seconds: float | None, errors: list[s
             errors.append(f"the reward function {name!r} raised {type(error).__name__}: {error}")
         return [0.0] * rows
 
+    def checked(rewards, rows: int) -> list[float | None]:
+        values = [None if value is None else float(value) for value in rewards]
+        if len(values) != rows:
+            raise ValueError(f"{len(values)} rewards for {rows} completions; one for each is needed")
+        return values
+
     if is_async_callable(function):
 
         @functools.wraps(function)
         async def run(prompts, completions, **kwargs):
             try:
-                return await asyncio.wait_for(function(prompts=prompts, completions=completions, **kwargs), seconds)
+                rewards = await asyncio.wait_for(function(prompts=prompts, completions=completions, **kwargs), seconds)
+                return checked(rewards, len(prompts))
             except Exception as error:
                 return failed(error, len(prompts))
 
@@ -92,7 +99,8 @@ def guarded(function: Callable, name: str, seconds: float | None, errors: list[s
     def run(prompts, completions, **kwargs):
         try:
             with deadline(seconds):
-                return function(prompts=prompts, completions=completions, **kwargs)
+                rewards = function(prompts=prompts, completions=completions, **kwargs)
+            return checked(rewards, len(prompts))
         except Exception as error:
             return failed(error, len(prompts))
 

@@ -169,10 +169,12 @@ class RolloutStore:
             return None
         chosen = {group.number for group in ready}
         rest = [group for group in self.groups if group.number not in chosen]
-        if self.max_staleness is not None and any(
+        late = self.max_staleness is not None and any(
             self.batches + 1 + place // self.groups_per_batch > group.admitted + self.max_staleness
             for place, group in enumerate(rest)
-        ):
+        )
+        # Where all are finished the oldest are chosen already: resumed with a smaller cap or batch, some come late.
+        if late and self.unfinished():
             return None
         self.groups = rest
         self.trained += len(ready)

@@ -71,8 +71,9 @@ class TrajectorySampler(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         logits = self.temperature(input_ids, scores.float())
         place = self.starts + len(self.drawn)
-        cumulative = self.warpers(input_ids, logits).softmax(-1, dtype=torch.float64).cumsum(-1)
-        target = torch.from_numpy(uniforms(self.seed, self.numbers, self.samples, place)).to(scores.device)
+        dtype = torch.float32 if scores.device.type == "mps" else torch.float64  # which Macs' GPUs lack
+        cumulative = self.warpers(input_ids, logits).softmax(-1, dtype=dtype).cumsum(-1)
+        target = torch.from_numpy(uniforms(self.seed, self.numbers, self.samples, place)).to(scores.device, dtype)
         # `right`: a token of probability 0 is stepped over even where the target meets its edge.
         token = torch.searchsorted(cumulative, target[:, None] * cumulative[:, -1:], right=True)
         token = token.clamp(max=scores.shape[-1] - 1)
@@ -137,13 +138,16 @@ def prefill(model, input_ids: torch.Tensor, attention_mask: torch.Tensor, room: 
         room: tokens that will follow.
 
     Returns:
-        What `generate` takes as `past_key_values`, or `None` where a row has but one token, or the model keeps
-        something else than all keys and values (sliding windows, compressed keys).
+        What `generate` takes as `past_key_values`, or `None` where that would not be the same: a row has but one
+        token, the model keeps something else than all keys and values (sliding windows, compressed keys, states), or
+        its rotations depend on the longest row (LongRoPE, dynamic NTK).
     """
     lengths = attention_mask.sum(1).tolist()
     width = input_ids.shape[1]
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
     if min(lengths) < 2 or kinds != {DynamicLayer} or model.config._attn_implementation == "infllm_v2":
+        return None
+    if _rotations_depend_on_length(model.config, width + room):
         return None
     rest = sorted(range(len(lengths)), key=lengths.__getitem__)
     whole: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -162,6 +166,8 @@ def prefill(model, input_ids: torch.Tensor, attention_mask: torch.Tensor, room: 
             use_cache=True,
             logits_to_keep=1,
         )
+        if any(layer.keys is None or layer.keys.shape[2] != mask.shape[1] for layer in part.layers):
+            return None
         for index, layer in enumerate(part.layers):
             if len(whole) == index:
                 whole.append(
@@ -175,6 +181,12 @@ def prefill(model, input_ids: torch.Tensor, attention_mask: torch.Tensor, room: 
     cache = DynamicCache(config=model.config)
     cache.layers = [ReservedLayer(keys, values, width - 1) for keys, values in whole]
     return cache
+
+
+def _rotations_depend_on_length(config, length: int) -> bool:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    original = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
+    return parameters.get("rope_type") in ("dynamic", "longrope") and length > original
 
 
 class Budgets(StoppingCriteria):
