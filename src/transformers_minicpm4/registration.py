@@ -22,6 +22,7 @@ from transformers.quantizers import register_quantization_config, register_quant
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from .infllm_v2 import ATTN_IMPLEMENTATION, infllm_v2_attention_forward, infllm_v2_mask
+from .infllm_v2.slots import SLOT_ATTENTION, slot_attention_forward
 from .model.configuration_minicpm4 import MiniCPM4Config
 from .model.conversion import MiniCPMConfig, is_unnamed_minicpm
 from .model.modeling_minicpm4 import MiniCPM4ForCausalLM, MiniCPM4ForSequenceClassification, MiniCPM4Model
@@ -46,6 +47,8 @@ def register() -> None:
     AutoTokenizer.register(MiniCPM4Config, tokenizer_class=LlamaTokenizer, exist_ok=True)
     AttentionInterface.register(ATTN_IMPLEMENTATION, infllm_v2_attention_forward)
     AttentionMaskInterface.register(ATTN_IMPLEMENTATION, infllm_v2_mask)
+    # No mask function: a step over slots brings its own, and Transformers then makes none.
+    AttentionInterface.register(SLOT_ATTENTION, slot_attention_forward)
     for method, config, quantizer in (
         (bitcpm4.QUANT_METHOD, bitcpm4.BitCPM4Config, BitCPM4HfQuantizer),
         (p_gptq.QUANT_METHOD, p_gptq.PGPTQConfig, PGPTQHfQuantizer),

@@ -8,7 +8,7 @@ followed by the nodes, so that node `i` stands at row `i + 1`. Shape letters: T 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -24,13 +24,17 @@ class DraftTree:
     Args:
         tokens: token id of each node.
         parents: number of each node's parent, `ROOT` for the children of the last certain token.
+        worths: how likely the draft takes each node to be, in nats or any other measure that grows with it; no
+            node's is above its parent's.
 
     Raises:
-        ValueError: more than 64 nodes, lists of different length, or a parent that does not come before its child.
+        ValueError: more than 64 nodes, lists of different length, a parent that does not come before its child, or a
+            node worth more than its parent.
     """
 
     tokens: tuple[int, ...]
     parents: tuple[int, ...]
+    worths: tuple[float, ...] | None = field(default=None, compare=False)
 
     def __post_init__(self):
         if len(self.tokens) != len(self.parents):
@@ -40,6 +44,15 @@ class DraftTree:
         for node, parent in enumerate(self.parents):
             if not ROOT <= parent < node:
                 raise ValueError(f"node {node} has parent {parent}; a parent has a smaller number, or is {ROOT}.")
+        if self.worths is not None:
+            if len(self.worths) != len(self.tokens):
+                raise ValueError(f"{len(self.worths)} worths and {len(self.tokens)} tokens: one worth a token.")
+            for node, parent in enumerate(self.parents):
+                if parent != ROOT and self.worths[node] > self.worths[parent]:
+                    raise ValueError(
+                        f"node {node} is worth {self.worths[node]} and its parent {self.worths[parent]}; a path is at "
+                        "most as likely as its beginning."
+                    )
 
     @classmethod
     def from_chains(cls, chains: Sequence[Sequence[int]], size: int = MAX_NODES) -> DraftTree:
@@ -55,10 +68,33 @@ class DraftTree:
                     tokens.append(int(token))
                     parents.append(parent)
                 parent = known[parent, token]
-        return cls(tuple(tokens), tuple(parents))
+        return cls(tuple(tokens), tuple(parents), tuple(-float(node) for node in range(len(tokens))))
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def likeliest(self, size: int) -> DraftTree:
+        """
+        The tree of the `size` likeliest nodes; of equal worths the lower number, so a parent is never left out.
+
+        Raises:
+            ValueError: nodes have to go and there are no worths.
+        """
+        if size >= len(self):
+            return self
+        if size and self.worths is None:
+            raise ValueError(
+                f"a tree of {len(self)} nodes without worths was given: which {size} are the likeliest is not known; "
+                "draft with worths, as grow_tree and from_chains do."
+            )
+        ranked = sorted(range(len(self)), key=lambda node: (-self.worths[node], node)) if size else []
+        kept = sorted(ranked[:size])
+        number = {node: new for new, node in enumerate(kept)}
+        return DraftTree(
+            tuple(self.tokens[node] for node in kept),
+            tuple(number.get(self.parents[node], ROOT) for node in kept),
+            None if self.worths is None else tuple(self.worths[node] for node in kept),
+        )
 
     def depths(self) -> list[int]:
         """Of each row of the pass: 0 for the root, 1 for its children, ..."""
@@ -101,6 +137,9 @@ class DraftTree:
         return mask[None, None].to(device)
 
 
+NO_TREE = DraftTree((), ())
+
+
 def grow_tree(
     expand: Callable[[list[tuple[int, int]]], torch.Tensor], first: torch.Tensor, depth: int, topk: int, size: int
 ) -> DraftTree:
@@ -139,4 +178,8 @@ def grow_tree(
         parents, worths = frontier, [candidates[i][0] for i in frontier]
     kept = sorted(sorted(range(len(candidates)), key=lambda i: (-candidates[i][0], i))[:size])
     number = {candidate: node for node, candidate in enumerate(kept)}
-    return DraftTree(tuple(candidates[i][1] for i in kept), tuple(number.get(candidates[i][2], ROOT) for i in kept))
+    return DraftTree(
+        tuple(candidates[i][1] for i in kept),
+        tuple(number.get(candidates[i][2], ROOT) for i in kept),
+        tuple(candidates[i][0] for i in kept),
+    )

@@ -12,6 +12,8 @@ are needed. Shape letters: T drafted nodes, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.cache_utils import Cache, DynamicLayer
@@ -19,7 +21,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from ..infllm_v2 import ATTN_IMPLEMENTATION
 from ..infllm_v2.cache import InfLLMv2CacheLayer
-from .draft_tree import DraftTree
+from .draft_tree import NO_TREE, ROOT, DraftTree
 from .drafts import Draft
 
 
@@ -55,30 +57,65 @@ def speculative_decode(
     if mask is not None and not bool(mask.bool().all()):
         raise ValueError("speculative decoding takes one sequence without padding; the attention_mask has zeros.")
     target = _Target(model, model_kwargs["past_key_values"], draft.hidden_layers)
+    draft.begin(model)
+    target.prefill(input_ids[0].tolist(), getattr(generation_config, "prefill_chunk_size", None), draft)
+    ids = input_ids
+    for emitted in decode_passes(
+        target, draft, input_ids, logits_processor, stopping_criteria, generation_config, generator
+    ):
+        new = torch.tensor([emitted], device=ids.device, dtype=ids.dtype)
+        ids = torch.cat([ids, new], dim=-1)
+        if text_streamer is not None:
+            for token in new[0].cpu():
+                text_streamer.put(token[None])
+    if text_streamer is not None:
+        text_streamer.end()
+    if generation_config is not None and generation_config.return_dict_in_generate:
+        return GenerateDecoderOnlyOutput(sequences=ids, past_key_values=target.cache)
+    return ids
+
+
+def decode_passes(
+    target,
+    draft: Draft | None,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    generation_config: GenerationConfig | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[list[int]]:
+    """
+    The tokens that each pass of the target makes certain, until the criteria or `max_length` end it.
+
+    Args:
+        target: holds the text but for its last token. `verify(root, tree)` gives the logits after the root and each
+            node, `[T + 1, V]`; `keep(rows)` keeps what the accepted rows left in the cache and gives their hidden
+            states.
+        draft: `None` for one token a pass.
+        input_ids: `[1, S]`.
+    """
     processors = logits_processor if logits_processor is not None else LogitsProcessorList()
     criteria = stopping_criteria if stopping_criteria is not None else StoppingCriteriaList()
-    draft.begin(model)
-    token_ids = input_ids[0].tolist()
-    chunk = getattr(generation_config, "prefill_chunk_size", None)
-    target.prefill(token_ids, chunk, draft)
     limit = getattr(generation_config, "max_length", None)
-    ids, finished = input_ids, False
+    sampled = generation_config is not None and generation_config.do_sample
+    token_ids, ids, finished = input_ids[0].tolist(), input_ids, False
     while not finished:
         # The token after the deepest node comes for nothing, so the tree stays one level below what is left.
         room = None if limit is None else limit - len(token_ids) - 1
-        tree = DraftTree((), ()) if room is not None and room < 1 else draft.propose(token_ids, room or 1 << 30)
+        drafting = draft is not None and (room is None or room >= 1)
+        tree = draft.propose(token_ids, room or 1 << 30) if drafting else NO_TREE
         logits = target.verify(token_ids[-1], tree)
-        node, rows, emitted = -1, [0], []
+        node, rows, emitted = ROOT, [0], []
         while not finished:
-            scores = processors(ids, logits[rows[-1]][None].to(torch.float32))
-            if generation_config is not None and generation_config.do_sample:
+            scores = logits[rows[-1]][None]
+            if sampled or len(processors):
+                scores = processors(ids, scores.to(torch.float32))
+            if sampled:
                 token = torch.multinomial(scores.softmax(-1), 1, generator=generator)
             else:
                 token = scores.argmax(-1, keepdim=True)
             ids = torch.cat([ids, token.to(ids.device)], dim=-1)
             emitted.append(int(token))
-            if text_streamer is not None:
-                text_streamer.put(token[0].cpu())
             finished = bool(criteria(ids, scores).all()) if len(criteria) else False
             child = tree.children(node).get(emitted[-1])
             if child is None or finished:
@@ -86,16 +123,13 @@ def speculative_decode(
             node = child
             rows.append(child + 1)
         hidden = target.keep(rows)
-        draft.observe([token_ids[-1], *emitted[: len(rows) - 1]], hidden)
-        draft.passes += 1
-        draft.proposed += len(tree)
-        draft.accepted += len(emitted) - 1
+        if draft is not None:
+            draft.observe([token_ids[-1], *emitted[: len(rows) - 1]], hidden)
+            draft.passes += 1
+            draft.proposed += len(tree)
+            draft.accepted += len(emitted) - 1
         token_ids += emitted
-    if text_streamer is not None:
-        text_streamer.end()
-    if generation_config is not None and generation_config.return_dict_in_generate:
-        return GenerateDecoderOnlyOutput(sequences=ids, past_key_values=target.cache)
-    return ids
+        yield emitted
 
 
 class _Target:

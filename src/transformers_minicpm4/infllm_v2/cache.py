@@ -216,6 +216,19 @@ class InfLLMv2CacheLayer(DynamicLayer):
         for name in ("keys", "values", "selection_keys"):
             self._stored[name].map(lambda tensor: tensor.to(self.device, non_blocking=True))
 
+    def adopt_memory(self, memory: dict[str, torch.Tensor], length: int) -> None:
+        """
+        Work in memory that is there already, of which the first `length` tokens are filled and compressed: `keys`,
+        `values`, `fine`, `coarse` and, with `use_nope`, `selection_keys`, each with room for all that will come.
+        """
+        for name, tensor in memory.items():
+            stored = self._stored[name]
+            stored.buffer, stored.length = tensor, length
+        for name, coarse in (("fine", False), ("coarse", True)):
+            size, stride = self.config.windows(coarse)
+            self._stored[name].length = max((length - size) // stride + 1, 0)
+        self.row_starts, self._compressed_length = [0], length
+
     @classmethod
     def adopt(cls, layer: DynamicLayer, config: InfLLMv2Config) -> InfLLMv2CacheLayer:
         """A sparse layer with the content of another one."""

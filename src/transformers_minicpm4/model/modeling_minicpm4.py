@@ -144,7 +144,8 @@ class MiniCPM4Attention(LlamaAttention):
         query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
 
         sparse = self.config._attn_implementation == ATTN_IMPLEMENTATION
-        if sparse and kwargs["infllm_v2_config"].use_nope:
+        settings = kwargs.get("infllm_v2_config")
+        if settings is not None and settings.use_nope:
             kwargs["selection_query"], kwargs["selection_key"] = unrotated
         if sparse and draft_paths is not None:
             attn_output = tree_attention(

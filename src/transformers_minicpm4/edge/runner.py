@@ -1,0 +1,268 @@
+"""
+One model and its memory of fixed size: prefill in chunks, and steps of a few tokens that can be compiled and captured.
+
+A step's program depends on how many tokens it has and on which form of attention it takes; how long the text is comes
+in tensors. Where steps are captured, there is a graph for each power of two of slots that may be read.
+
+Shape letters: `B` rows, `S` tokens of a prompt, `T` tokens of a step, `N` slots that a step may read, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.utils import logging
+
+from ..generation.draft_tree import DraftTree
+from ..generation.drafts import Draft
+from ..infllm_v2 import ATTN_IMPLEMENTATION
+from ..infllm_v2.slots import SLOT_ATTENTION, SLOT_MULTIPLE, SlotCache, SlotStep, gather_pays
+
+
+logger = logging.get_logger(__name__)
+
+# Slots of the smallest graph that is captured.
+SMALLEST_GRAPH = 1024
+
+
+def compiler_missing(device: torch.device) -> str | None:
+    """Why steps cannot be compiled on `device`; `None` where they can."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
+    if not any(shutil.which(name.split()[0]) for name in names):
+        return f"no C++ compiler was found ({', '.join(names)})"
+    if device.type == "cuda":
+        try:
+            import triton  # noqa: F401
+        except ImportError:
+            return "Triton is not installed"
+    elif device.type != "cpu":
+        return f"compiling for {device.type} is not tested"
+    return None
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """
+    Raises:
+        ValueError: the model's attention needs more than one key and one value a token and head.
+    """
+    config = model.config.get_text_config()
+    layers = DynamicCache(config=config).layers
+    others = sorted({type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer})
+    if others:
+        raise ValueError(
+            f"this {config.model_type!r} model has cache layers of type {', '.join(others)}; an engine keeps the keys "
+            "and values of every token (full attention). Use model.generate."
+        )
+    if config._attn_implementation == ATTN_IMPLEMENTATION and not hasattr(config, "infllm_v2"):
+        raise ValueError(
+            f"attn_implementation='infllm_v2' with a {config.model_type!r} model: only MiniCPM4 keeps compressed keys "
+            "in its cache. Convert it (llama_to_minicpm4), or load it with attn_implementation='sdpa'."
+        )
+    if config._attn_implementation == ATTN_IMPLEMENTATION and config.infllm_v2.dense_switch == "call":
+        raise ValueError(
+            "dense_switch='call' lets what a token reads depend on the length of the call, which steps of fixed shape "
+            "do not know; set it to 'position' in sparse_config."
+        )
+
+
+class SlotRunner:
+    """
+    Args:
+        model: a causal language model, in evaluation mode.
+        slots: tokens a row, drafted ones included; rounded up to whole blocks.
+        batch: rows.
+        tree: drafted nodes of the largest tree, 0 without a draft.
+        hidden_layers: indices into `hidden_states` that `prefill` and `keep` give (`Draft.hidden_layers`).
+        compile: whether steps are compiled.
+        capture: whether steps are captured as CUDA graphs.
+
+    Raises:
+        ValueError: a model that `check_model` refuses.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        slots: int,
+        batch: int = 1,
+        tree: int = 0,
+        hidden_layers: Sequence[int] = (),
+        compile: bool = False,
+        capture: bool = False,
+    ):
+        check_model(model)
+        config = model.config.get_text_config()
+        self.settings = config.infllm_v2 if config._attn_implementation == ATTN_IMPLEMENTATION else None
+        self.multiple = SLOT_MULTIPLE
+        while self.settings is not None and self.multiple % self.settings.block_size:
+            self.multiple += SLOT_MULTIPLE
+        slots = -(-slots // self.multiple) * self.multiple
+        self.model, self.device = model, model.get_input_embeddings().weight.device
+        self.cache = SlotCache(config, batch, slots, model.dtype, self.device, self.settings)
+        self.slots, self.batch, self.tree, self.hidden_layers = slots, batch, tree, tuple(hidden_layers)
+        self.lengths = [0] * batch
+        self.compile, self.capture = compile, capture
+        self._program = torch.compile(self._step, dynamic=False) if compile else self._step
+        self._graphs: dict[tuple, tuple] = {}
+        # What a step reads: the same tensors always, as a captured one wants it.
+        self._past = torch.zeros(batch, dtype=torch.long, device=self.device)
+        self._reach = torch.empty(slots, dtype=torch.bool, device=self.device)
+        self._inputs: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+    # ----------------------------------------------------------------------------------------------------- prefill
+
+    @torch.no_grad()
+    def prefill(
+        self, token_ids: Sequence[int], chunk: int, begin: int = 0, row: int = 0, draft: Draft | None = None
+    ) -> None:
+        """
+        Fill a row's slots from `begin` on with `token_ids[begin:]`, `chunk` tokens a call; those before are there.
+        `draft` observes the new ones.
+        """
+        self.lengths[row] = min(begin, len(token_ids))
+        cache = self.cache.row(row, begin)
+        options = {"output_hidden_states": True} if self.hidden_layers else {}
+        for start in range(begin, len(token_ids), chunk):
+            piece = token_ids[start : start + chunk]
+            output = self.model(
+                input_ids=torch.tensor([piece], device=self.device),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+                **options,
+            )
+            self.lengths[row] = start + len(piece)
+            if draft is not None:
+                draft.observe(list(piece), [output.hidden_states[layer][0] for layer in self.hidden_layers])
+
+    # ------------------------------------------------------------------------------------------------------- steps
+
+    @torch.no_grad()
+    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
+        """One more token in every row: `tokens` (`[B]`) to logits `[B, V]`, which the next step overwrites."""
+        ids, _, _ = self._input(1)
+        ids.copy_(tokens[:, None])
+        logits, _ = self._launch(1)
+        self.lengths = [length + 1 for length in self.lengths]
+        return logits[:, 0]
+
+    @torch.no_grad()
+    def verify(self, root: int, tree: DraftTree) -> torch.Tensor:
+        """The logits after the root and each node of a tree, `[T + 1, V]`; for one row. `keep` must follow."""
+        tokens = len(tree) + 1
+        # Programs and graphs know one size of tree; eager steps take what comes.
+        width = tokens if tokens == 1 or not (self.compile or self.capture) else self.tree + 1
+        ids, depths, ancestors = self._input(width)
+        ids.copy_(torch.tensor([[root, *tree.tokens, *[0] * (width - tokens)]]))
+        if width > 1:
+            depths.copy_(torch.tensor([*tree.depths(), *[0] * (width - tokens)]))
+            paths = [tree.path(node) for node in range(-1, len(tree))] + [[row] for row in range(tokens, width)]
+            ancestors.copy_(torch.tensor([[*path, *[0] * (width - len(path))] for path in paths]))
+        logits, self._hidden = self._launch(width)
+        return logits[0, :tokens]
+
+    @torch.no_grad()
+    def keep(self, rows: list[int]) -> list[torch.Tensor]:
+        """Keep what the accepted rows of the last `verify` left; returns their hidden states."""
+        begin, chosen = self._past, torch.tensor(rows, device=self.device)
+        if len(rows) > 1:
+            if rows != list(range(len(rows))):
+                self.cache.move(0, begin + chosen, begin)
+            self.cache.compress(begin, len(rows))
+        self.lengths[0] += len(rows)
+        return [states[0, chosen] for states in self._hidden]
+
+    def _input(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if tokens not in self._inputs:
+            shapes = ((self.batch, tokens), (tokens,), (tokens, tokens))
+            self._inputs[tokens] = tuple(torch.zeros(s, dtype=torch.long, device=self.device) for s in shapes)
+        return self._inputs[tokens]
+
+    def _launch(self, tokens: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        needed = max(self.lengths) + tokens
+        if needed > self.slots:
+            raise ValueError(f"{needed} slots are needed for {tokens} more tokens, and there are {self.slots}.")
+        self._past.copy_(torch.tensor(self.lengths))
+        if self.capture:
+            reach = max(SMALLEST_GRAPH, 1 << (needed - 1).bit_length())
+        else:
+            reach = needed
+        reach = min(-(-reach // self.multiple) * self.multiple, self.slots)
+        arguments = (*self._input(tokens), self._past, self._reach[:reach], self._form(tokens, reach))
+        with self._slot_attention():
+            if self.capture:
+                return self._replay(arguments)
+            if self.compile:
+                torch._dynamo.maybe_mark_dynamic(arguments[4], 0)
+                return self._compiled(arguments)
+            return self._step(*arguments)
+
+    def _form(self, tokens: int, reach: int) -> str:
+        """The form of attention that every row of the step can take (`SlotStep`)."""
+        if self.settings is None:
+            return "dense"
+        first = self.settings.first_sparse_position(0)
+        if max(self.lengths) + tokens <= first:
+            return "dense"
+        if min(self.lengths) >= first and gather_pays(self.settings, tokens, reach):
+            return "gathered"
+        return "masked"
+
+    def _step(self, ids, depths, ancestors, past, reach, form):
+        step = SlotStep(self.cache, past, depths, ancestors, reach, form)
+        options = {} if self.settings is None else {"infllm_v2_config": self.settings}
+        if self.hidden_layers:
+            options["output_hidden_states"] = True
+        output = self.model(
+            input_ids=ids,
+            position_ids=step.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            slot_step=step,
+            **options,
+        )
+        return output.logits, tuple(output.hidden_states[layer] for layer in self.hidden_layers)
+
+    def _compiled(self, arguments):
+        try:
+            return self._program(*arguments)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            # A compiler that is there and does not work: the answer matters more than its speed.
+            logger.warning_once(f"Steps could not be compiled and run eagerly: {str(error).strip().splitlines()[0]}")
+            self.compile, self._program = False, self._step
+            return self._step(*arguments)
+
+    def _replay(self, arguments):
+        ids, *_, reach, form = arguments
+        key = (ids.shape[1], len(reach), form)
+        if key not in self._graphs:
+            # Twice outside: libraries set up their workspaces, and programs are compiled. Steps repeat harmlessly.
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    self._compiled(arguments) if self.compile else self._step(*arguments)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                output = self._program(*arguments)
+            self._graphs[key] = (graph, output)
+        graph, output = self._graphs[key]
+        graph.replay()
+        return output
+
+    @contextlib.contextmanager
+    def _slot_attention(self):
+        config = self.model.config.get_text_config()
+        before = config._attn_implementation
+        config._attn_implementation = SLOT_ATTENTION
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
