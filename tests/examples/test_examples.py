@@ -25,7 +25,7 @@ pytestmark = pytest.mark.real
 
 
 def test_every_example_is_tested():
-    tests = Path(__file__).read_text(encoding="utf-8")
+    tests = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("*.py"))
     assert [path.name for path in EXAMPLES.glob("*.py") if f"{path.stem}" not in tests] == []
 
 

@@ -5,7 +5,7 @@ import sys
 import textwrap
 from time import perf_counter
 
-from . import blocks_plot
+from . import blocks_plot, demo_engine
 from .document import BUNDLED_TOKENS, Prompts, unwrapped
 from .errors import UserError, one_line
 from .generate import (
@@ -56,6 +56,9 @@ def register(subparsers) -> None:
         help=f"most tokens of the text to take; default: all of FILE, {BUNDLED_TOKENS:,} of the reference",
     )
     parser.add_argument("--max-new-tokens", type=at_least_one, default=48, metavar="N", help="default 48")
+    parser.add_argument(
+        "--compile", action="store_true", help="let the engine at the end compile its steps (a minute or two more)"
+    )
     parser.add_argument("--plot", metavar="FILE.png", help="draw which blocks were read (needs the extra: notebooks)")
     attention = parser.add_argument_group(
         "sparse attention (default: the model's own sparse_config; where it has none, as named)"
@@ -126,6 +129,9 @@ def demonstrate(args) -> int:
         reading.time(prompts.document_ids, ids, TIMED_TOKENS)
     print()
     print_table(dense, sparse, document_blocks, asked[-1][1], settings)
+    say("\nthe same model in the edge engine (a few seconds)")
+    dense.switch()
+    demo_engine.show_engine(model, tokenizer, prompts.text, args.compile)
     if args.plot:
         print(blocks_plot.draw(args.plot, recorder.layer, settings, document_blocks, asked))
     if not any(question.answer for question in prompts.questions):

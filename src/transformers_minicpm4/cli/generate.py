@@ -15,9 +15,11 @@ examples:
   minicpm4 generate openbmb/MiniCPM4-0.5B --prompt "Name three rivers."
   minicpm4 generate ./my-checkpoint --prompt-file report.txt --sparse --dense-len 1024
   cat report.txt | minicpm4 generate ./my-checkpoint --raw --max-new-tokens 64
+  minicpm4 generate ./my-checkpoint --prompt-file report.txt --engine edge --draft lookup
 
 The answer goes to standard output, everything else to standard error.
 """
+ENGINES = ("generate", "edge")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -54,6 +56,21 @@ def register(subparsers) -> None:
     decoding.add_argument("--top-p", type=share, metavar="P", help="sample from the likeliest tokens, e.g. 0.8")
     decoding.add_argument("--seed", type=int, metavar="N", help="make sampling repeatable")
 
+    engine = parser.add_argument_group("engine")
+    engine.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="generate",
+        help="generate: Transformers' own loop (default); edge: memory planned and taken once, compiled steps, drafts",
+    )
+    engine.add_argument(
+        "--draft",
+        metavar="DRAFT",
+        help="edge: what guesses ahead; lookup (copies from the prompt) or a model's folder",
+    )
+    engine.add_argument("--stop", action="append", metavar="TEXT", help="edge: ends the answer; may be repeated")
+    engine.add_argument("--no-compile", action="store_true", help="edge: start at once, with slower steps")
+
     parser.add_argument(
         "--extend-context", action="store_true", help="MiniCPM4-8B, MiniCPM4.1-8B: the published extension to 128K"
     )
@@ -84,6 +101,8 @@ def run(args) -> None:
     # In the order of cost: arguments, configuration, headers of the weights, tokenizer, and only then the weights.
     if args.greedy and (args.temperature is not None or args.top_p is not None):
         raise UserError("--greedy takes the likeliest token, --temperature and --top-p sample; give one or the other.")
+    if args.engine != "edge" and (args.draft or args.stop or args.no_compile):
+        raise UserError("--draft, --stop and --no-compile belong to --engine edge; add it, or leave them out.")
     prompt = read_prompt(args)
     config = load_minicpm4_config(args.model)
     if args.extend_context:
@@ -97,6 +116,11 @@ def run(args) -> None:
     tokenizer = load_tokenizer(args.model)
     inputs = encode(tokenizer, prompt, args)
     max_new_tokens = room_for_answer(inputs["input_ids"].shape[1], args.max_new_tokens, config)
+    if args.engine == "edge":
+        from .generate_edge import answer_with_engine
+
+        answer_with_engine(args, config, attn_implementation, device, tokenizer, inputs, max_new_tokens, folder)
+        return
     model = load_model(args, config, attn_implementation, device)
     answer(model, tokenizer, with_prefix(model, inputs.to(device), folder), max_new_tokens, args)
 
@@ -310,8 +334,7 @@ def answer(model, tokenizer, inputs, max_new_tokens: int, args) -> None:
             self.times = [*getattr(self, "times", []), time.perf_counter()]
             super().put(value)
 
-    sampling = {"temperature": args.temperature, "top_p": args.top_p}
-    sampling = {name: value for name, value in sampling.items() if value is not None}
+    sampling = sampling_options(args)
     if args.seed is not None:
         set_seed(args.seed)
     streamer = Clock(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -338,6 +361,11 @@ def answer(model, tokenizer, inputs, max_new_tokens: int, args) -> None:
     if num_new_tokens > 1:
         line += f", {rate(num_new_tokens - 1, last - first)}"
     print(f"[{line}; attention: {attention_that_ran(model.config, output.shape[1])}]", file=sys.stderr)
+
+
+def sampling_options(args) -> dict[str, float]:
+    options = {"temperature": args.temperature, "top_p": args.top_p}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def stop_tokens(model, tokenizer) -> list[int] | None:

@@ -13,7 +13,7 @@ from importlib import import_module
 from .errors import UserError, one_line
 
 
-COMMANDS = ("demo", "generate", "info", "plan", "env", "ultraclean", "chunk-plan", "grpo", "serve", "chat")
+COMMANDS = ("demo", "generate", "info", "plan", "env", "ultraclean", "fr-spec", "chunk-plan", "grpo", "serve", "chat")
 # Their arguments are not parsed here: Transformers' command of the same name does, for `grpo` TRL's parser.
 HANDED_OVER = ("grpo", "serve", "chat")
 
@@ -25,6 +25,7 @@ examples:
   minicpm4 plan openbmb/MiniCPM4-8B --device orin-nx     what fits on a device, before any weight is there
   minicpm4 env                                           what this machine can run
   minicpm4 ultraclean filter crawl.parquet --model quality.bin -o kept
+  minicpm4 fr-spec build MODEL --text chat.txt -o lists  the tokens that a draft head scores
   minicpm4 chunk-plan lengths.jsonl --max-completion-length 8192 --batch 256 --num-generations 8
   minicpm4 grpo --config recipe.yaml --output_dir out    reinforcement learning with chunk-wise rollouts
 

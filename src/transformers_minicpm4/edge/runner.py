@@ -86,6 +86,7 @@ class SlotRunner:
         ValueError: a model that `check_model` refuses.
     """
 
+    @torch.inference_mode(False)  # what is made here and below is written in any mode
     def __init__(
         self,
         model: PreTrainedModel,
@@ -113,7 +114,7 @@ class SlotRunner:
         # What a step reads: the same tensors always, as a captured one wants it.
         self._past = torch.zeros(batch, dtype=torch.long, device=self.device)
         self._reach = torch.empty(slots, dtype=torch.bool, device=self.device)
-        self._inputs: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self._inputs: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     # ----------------------------------------------------------------------------------------------------- prefill
 
@@ -145,56 +146,70 @@ class SlotRunner:
 
     @torch.no_grad()
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
-        """One more token in every row: `tokens` (`[B]`) to logits `[B, V]`, which the next step overwrites."""
-        ids, _, _ = self._input(1)
-        ids.copy_(tokens[:, None])
-        logits, _ = self._launch(1)
-        self.lengths = [length + 1 for length in self.lengths]
+        """
+        One more token in each of the first rows: `tokens` (`[B]`) to logits `[B, V]`. With graphs the next step
+        overwrites them.
+        """
+        rows = len(tokens)
+        self._input(1, rows)[0].copy_(tokens[:, None])
+        logits, _ = self._launch(1, rows)
+        self.lengths[:rows] = [length + 1 for length in self.lengths[:rows]]
         return logits[:, 0]
 
     @torch.no_grad()
     def verify(self, root: int, tree: DraftTree) -> torch.Tensor:
         """The logits after the root and each node of a tree, `[T + 1, V]`; for one row. `keep` must follow."""
         tokens = len(tree) + 1
+        if len(tree) > self.tree:
+            raise ValueError(
+                f"the draft gave a tree of {len(tree)} nodes, and this engine was made for {self.tree}; give it a"
+                " larger tree_size, or draft fewer."
+            )
         # Programs and graphs know one size of tree; eager steps take what comes.
         width = tokens if tokens == 1 or not (self.compile or self.capture) else self.tree + 1
-        ids, depths, ancestors = self._input(width)
+        ids, depths, ancestors = self._input(width, 1)
         ids.copy_(torch.tensor([[root, *tree.tokens, *[0] * (width - tokens)]]))
         if width > 1:
             depths.copy_(torch.tensor([*tree.depths(), *[0] * (width - tokens)]))
             paths = [tree.path(node) for node in range(-1, len(tree))] + [[row] for row in range(tokens, width)]
             ancestors.copy_(torch.tensor([[*path, *[0] * (width - len(path))] for path in paths]))
-        logits, self._hidden = self._launch(width)
+        self._width = width
+        logits, self._hidden = self._launch(width, 1)
         return logits[0, :tokens]
 
     @torch.no_grad()
     def keep(self, rows: list[int]) -> list[torch.Tensor]:
         """Keep what the accepted rows of the last `verify` left; returns their hidden states."""
-        begin, chosen = self._past, torch.tensor(rows, device=self.device)
-        if len(rows) > 1:
+        begin, chosen = self._past[:1], torch.tensor(rows, device=self.device)
+        if self._width > 1:  # a step of one token compresses by itself
             if rows != list(range(len(rows))):
                 self.cache.move(0, begin + chosen, begin)
             self.cache.compress(begin, len(rows))
         self.lengths[0] += len(rows)
         return [states[0, chosen] for states in self._hidden]
 
-    def _input(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if tokens not in self._inputs:
-            shapes = ((self.batch, tokens), (tokens,), (tokens, tokens))
-            self._inputs[tokens] = tuple(torch.zeros(s, dtype=torch.long, device=self.device) for s in shapes)
-        return self._inputs[tokens]
+    @torch.inference_mode(False)
+    def _input(self, tokens: int, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if (tokens, rows) not in self._inputs:
+            shapes = ((rows, tokens), (tokens,), (tokens, tokens))
+            self._inputs[tokens, rows] = tuple(
+                torch.zeros(shape, dtype=torch.long, device=self.device) for shape in shapes
+            )
+        return self._inputs[tokens, rows]
 
-    def _launch(self, tokens: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        needed = max(self.lengths) + tokens
+    def _launch(self, tokens: int, rows: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        lengths = self.lengths[:rows]
+        needed = max(lengths) + tokens
         if needed > self.slots:
             raise ValueError(f"{needed} slots are needed for {tokens} more tokens, and there are {self.slots}.")
-        self._past.copy_(torch.tensor(self.lengths))
+        self._past[:rows].copy_(torch.tensor(lengths))
         if self.capture:
             reach = max(SMALLEST_GRAPH, 1 << (needed - 1).bit_length())
         else:
             reach = needed
         reach = min(-(-reach // self.multiple) * self.multiple, self.slots)
-        arguments = (*self._input(tokens), self._past, self._reach[:reach], self._form(tokens, reach))
+        form = self._form(lengths, tokens, reach)
+        arguments = (*self._input(tokens, rows), self._past[:rows], self._reach[:reach], form)
         with self._slot_attention():
             if self.capture:
                 return self._replay(arguments)
@@ -203,14 +218,14 @@ class SlotRunner:
                 return self._compiled(arguments)
             return self._step(*arguments)
 
-    def _form(self, tokens: int, reach: int) -> str:
+    def _form(self, lengths: list[int], tokens: int, reach: int) -> str:
         """The form of attention that every row of the step can take (`SlotStep`)."""
         if self.settings is None:
             return "dense"
         first = self.settings.first_sparse_position(0)
-        if max(self.lengths) + tokens <= first:
+        if max(lengths) + tokens <= first:
             return "dense"
-        if min(self.lengths) >= first and gather_pays(self.settings, tokens, reach):
+        if min(lengths) >= first and gather_pays(self.settings, tokens, reach):
             return "gathered"
         return "masked"
 
@@ -240,7 +255,7 @@ class SlotRunner:
 
     def _replay(self, arguments):
         ids, *_, reach, form = arguments
-        key = (ids.shape[1], len(reach), form)
+        key = (*ids.shape, len(reach), form)
         if key not in self._graphs:
             # Twice outside: libraries set up their workspaces, and programs are compiled. Steps repeat harmlessly.
             stream = torch.cuda.Stream()

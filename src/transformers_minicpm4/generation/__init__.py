@@ -1,4 +1,4 @@
-"""How text comes out: chat templates now; constrained decoding and speculative drafting stand here later."""
+"""How text comes out: chat templates, drafts and their verification, text that streams, grammars, tool calls."""
 
 from .chat import chat_template
 

@@ -83,6 +83,7 @@ def decode_passes(
     stopping_criteria: StoppingCriteriaList | None = None,
     generation_config: GenerationConfig | None = None,
     generator: torch.Generator | None = None,
+    limit: int | None = None,
 ) -> Iterator[list[int]]:
     """
     The tokens that each pass of the target makes certain, until the criteria or `max_length` end it.
@@ -93,10 +94,11 @@ def decode_passes(
             states.
         draft: `None` for one token a pass.
         input_ids: `[1, S]`.
+        limit: most tokens of text; by default `generation_config.max_length`.
     """
     processors = logits_processor if logits_processor is not None else LogitsProcessorList()
     criteria = stopping_criteria if stopping_criteria is not None else StoppingCriteriaList()
-    limit = getattr(generation_config, "max_length", None)
+    limit = getattr(generation_config, "max_length", None) if limit is None else limit
     sampled = generation_config is not None and generation_config.do_sample
     token_ids, ids, finished = input_ids[0].tolist(), input_ids, False
     while not finished:
@@ -117,6 +119,7 @@ def decode_passes(
             ids = torch.cat([ids, token.to(ids.device)], dim=-1)
             emitted.append(int(token))
             finished = bool(criteria(ids, scores).all()) if len(criteria) else False
+            finished = finished or (limit is not None and ids.shape[1] >= limit)
             child = tree.children(node).get(emitted[-1])
             if child is None or finished:
                 break

@@ -187,7 +187,7 @@ class SlotStep:
 
     Args:
         cache: the memory.
-        past: certain tokens of each row, `[B]`.
+        past: certain tokens of each row, `[B]`: of all rows of the cache, or of its first.
         depths: distance of each token from the first of the step, `[T]`: its position is `past` plus that.
         ancestors: `[T, T]`, the step's rows on the path to each token: column `d` of row `t` is the row at depth `d`,
             for `d` up to the token's own depth (itself); what stands behind that is not read.
@@ -197,6 +197,7 @@ class SlotStep:
 
     def __init__(self, cache: SlotCache, past, depths, ancestors, reach, form: str):
         self.cache, self.past, self.ancestors, self.form = cache, past, ancestors, form
+        self.rows = len(past)
         self.tokens = len(depths)
         device = past.device
         self.positions = past[:, None] + depths  # [B, T]
@@ -253,7 +254,7 @@ class SlotStep:
             blocks = torch.arange(self.reach, device=query.device) // layer.settings.block_size
             # A drafted token lies in a slot that is not its position: its block is that of its position.
             mask = self.visible[:, None] & self._by_slot(chosen, blocks, layer.settings)
-        keys, values = layer.keys[:, :, : self.reach], layer.values[:, :, : self.reach]
+        keys, values = (memory[:batch, :, : self.reach] for memory in (layer.keys, layer.values))
         # Heads of a group as further queries: each key is read once.
         mask = mask[:, :, None].expand(-1, -1, heads // groups, -1, -1).flatten(2, 3)
         output = scaled_dot_product_attention(folded.flatten(2, 3), keys, values, attn_mask=mask, scale=scaling)
@@ -261,7 +262,7 @@ class SlotStep:
 
     def _write(self, memory: torch.Tensor, new: torch.Tensor) -> None:
         if len(new) == 1:
-            memory.index_copy_(2, self.slots[0], new)
+            memory[:1].index_copy_(2, self.slots[0], new)
         else:
             rows = torch.arange(len(new), device=new.device)[:, None]
             memory[rows, :, self.slots] = new.transpose(1, 2)
@@ -330,7 +331,7 @@ class SlotStep:
         settings = layer.settings
         size, stride = settings.windows(coarse)
         count = self.reach // stride
-        stored = (layer.coarse if coarse else layer.fine)[:, :, :count].to(query.dtype)
+        stored = (layer.coarse if coarse else layer.fine)[: self.rows, :, :count].to(query.dtype)
         batch, groups, heads, tokens, features = query.shape
         logits = (query.flatten(2, 3) @ stored.mT).unflatten(2, (heads, tokens))
         seen = _complete(self.positions + 1, size, stride)  # [B, T]
@@ -396,14 +397,14 @@ def _compress(layer: SlotLayer, begin: torch.Tensor, tokens: int, coarse: bool) 
     slots = slots.clamp_max(layer.slots - 1)[:, None].expand(-1, memory.shape[1], -1)
     mean = _rows(layer.source, slots).unflatten(2, (-1, size)).mean(3)  # [B, G, E, D]
     if len(mean) == 1:
-        memory.index_copy_(2, window[0], mean)
+        memory[:1].index_copy_(2, window[0], mean)
     else:
         memory[torch.arange(len(mean), device=begin.device)[:, None], :, window] = mean.transpose(1, 2)
 
 
 def _rows(memory: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """`memory` (`[B, G, N, D]`) at `slots` (`[B, G, ...]`): `[B, G, ..., D]`."""
-    batch, groups, length, size = memory.shape
+    """`memory` (`[B, G, N, D]`, also of more rows) at `slots` (`[B, G, ...]`): `[B, G, ..., D]`."""
+    batch, (_, groups, length, size) = len(slots), memory.shape
     pair = torch.arange(batch * groups, device=slots.device).view(batch, groups, *[1] * (slots.ndim - 2))
     index = (pair * length + slots).flatten()
     return memory.view(-1, size).index_select(0, index).view(*slots.shape, size)

@@ -1,0 +1,67 @@
+"""The end of `minicpm4 demo`: one task by `generate`, by the edge engine, and by the engine with a draft."""
+
+from time import perf_counter
+
+
+# A sentence of the text, which the model is asked to repeat: what a draft that copies is made for.
+SENTENCE_TOKENS = 64
+TASK = "Repeat the following text word for word.\n\n{text}"
+
+
+def show_engine(model, tokenizer, text: str, compile: bool) -> None:
+    """Three rows: tokens a second, tokens a pass, and whether the tokens are the same."""
+    from transformers_minicpm4.edge.engine import EdgeEngine
+    from transformers_minicpm4.generation.drafts import PromptLookupDraft
+
+    part = tokenizer.decode(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:SENTENCE_TOKENS])
+    task = TASK.format(text=part)
+    prompt = [{"role": "user", "content": task}] if tokenizer.chat_template else task
+    context = 4 * SENTENCE_TOKENS + 64
+    plain = EdgeEngine(model, tokenizer, context=context, compile=compile)
+    drafting = EdgeEngine(model, tokenizer, context=context, draft=PromptLookupDraft(), tree_size=10, compile=compile)
+    ids = plain.encode(prompt)
+    options = {"max_new_tokens": SENTENCE_TOKENS}
+    for engine in (plain, drafting):
+        engine.generate(ids[:-1], max_new_tokens=12 if compile else 1)  # programs are compiled outside the clock
+        engine.reset()
+    rate, expected = generate_rate(model, plain, ids, options)
+    print(
+        f'\nthe edge engine, asked to repeat {SENTENCE_TOKENS} tokens of the text: "{" ".join(part.split())[:40]} ..."'
+    )
+    print(f"{'':32}{'tokens/s':>12}{'a pass':>12}")
+    print(f"{'model.generate':32}{rate:>12,.1f}{1:>12.2f}")
+    name = "engine, compiled" if plain.compiles else "engine, eager steps"
+    for label, engine in ((name, plain), (f"{name}, prompt lookup", drafting)):
+        answer = engine.generate(ids, **options)
+        same = "same tokens" if answer.token_ids == expected else "other tokens"
+        yielded = len(answer.token_ids) / answer.passes
+        print(f"{label:32}{answer.tokens_per_second:>12,.1f}{yielded:>12.2f}  {same}")
+
+
+def generate_rate(model, engine, ids, options) -> tuple[float, list[int]]:
+    """Tokens a second of `generate` while it writes, the prompt's time left out, and the tokens."""
+    import torch
+    from transformers.generation.streamers import BaseStreamer
+
+    class Clock(BaseStreamer):
+        times = ()
+
+        def put(self, value):
+            self.times = (*self.times, perf_counter())
+
+        def end(self): ...
+
+    clock = Clock()
+    prompt = torch.tensor([ids], device=model.device)
+    stop = sorted({engine.tokenizer.eos_token_id, *_ids(model.generation_config.eos_token_id)} - {None})
+    output = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, eos_token_id=stop, pad_token_id=stop[0],
+        streamer=clock, **options,
+    )  # fmt: skip
+    tokens = output[0, len(ids) :].tolist()
+    # The streamer gets the prompt first; the first token's time is the prompt's.
+    return max(len(tokens) - 1, 1) / (clock.times[-1] - clock.times[1]), tokens
+
+
+def _ids(token_ids) -> list[int]:
+    return [] if token_ids is None else [token_ids] if isinstance(token_ids, int) else list(token_ids)
