@@ -8,12 +8,12 @@ The edge engine beside `model.generate`, drafts beside none, and memory beside t
 `speed`: seconds a token of `generate`, of the engine with eager and with compiled steps; a tiny Llama (4 layers,
 hidden size 128) and SmolLM2-135M-Instruct in float32, prompts of 100 tokens, 64 new ones. `draft`: SmolLM2 repeats a
 paragraph of WikiText-2, the engine with prompt lookup beside the engine alone. Arms run interleaved, on one thread,
-and CPU seconds are counted, so that other work on the machine matters less. `memory`: the anonymous memory of a process at
-its peak, libraries included, beside the plan's bytes, reserve included; and after each 100 of 500 tokens.
+and CPU seconds are counted, so that other work on the machine matters less. `memory`: the anonymous memory of a
+process at its peak, libraries included, beside the plan's bytes, reserve included; and after each 100 of 500 tokens.
 
 `gpu`: MiniCPM4-8B's shape with random weights in bfloat16: bytes a second at batch 1 as a share of what copying a
-large tensor reaches, and decode time over 131,072 and 32,768 cached tokens, sparse; with `--int4 FOLDER` the same for an
-INT4 checkpoint of that shape.
+large tensor reaches, and decode time over 131,072 and 32,768 cached tokens, sparse; with `--int4 FOLDER` the same for
+an INT4 checkpoint of that shape.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def draft(rounds: int) -> dict:
     prompts = paragraphs(tokenizer, rounds + 2)
     engines = {
         "no draft": EdgeEngine(model, tokenizer, context=512),
-        "prompt lookup": EdgeEngine(model, tokenizer, context=512, draft=PromptLookupDraft(), tree_size=10),
+        "prompt lookup": EdgeEngine(model, tokenizer, context=512, draft=PromptLookupDraft()),
     }
     turns, answers, tokens, passes = (
         dict.fromkeys(engines, 0),

@@ -38,6 +38,7 @@ from transformers_minicpm4.edge.memory_plan import (
     tokens_per_second,
     weight_bytes,
 )
+from transformers_minicpm4.edge.runner import SlotRunner
 
 
 SIZES = {
@@ -242,12 +243,27 @@ def test_a_sparse_cache_never_holds_more_however_it_was_filled():
     assert touched  # the bound is reached
 
 
+@pytest.mark.parametrize("tokens", [1, 64, 150, 1000])
+@pytest.mark.parametrize(
+    "changes",
+    [None, {}, {"use_nope": True}, {"block_size": 24, "kernel_size": 24, "kernel_stride": 12, "window_size": 48},
+     {"block_size": 128, "window_size": 128}],
+)  # fmt: skip
+def test_a_static_cache_is_that_of_an_engine(changes, tokens):
+    config = make_config(sparse_config=None if changes is None else SPARSE.to_dict() | changes)
+    model = MiniCPM4ForCausalLM._from_config(config, attn_implementation="sdpa" if changes is None else "infllm_v2")
+    cache = SlotRunner(model, tokens, batch=2).cache
+    planned = cache_bytes(config, tokens, batch=2, dtype_bytes=4, cache="static")
+    assert planned["keys_and_values"] == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert sum(planned.values()) == cache.nbytes()
+
+
 def test_a_static_cache_has_no_room_to_grow():
     config = make_config(sparse_config=SPARSE.to_dict())
     layer = 2 * 2 * 16 * 2  # heads, size, bytes, twice
     assert cache_bytes(config, 150, cache="static") == {
-        "keys_and_values": 3 * 150 * layer,
-        "compressed_keys": 3 * ((150 - 8) // 4 + 1 + (150 - 32) // 16 + 1) * layer // 2,
+        "keys_and_values": 3 * 192 * layer,  # whole blocks, in multiples of 64
+        "compressed_keys": 3 * (192 // 4 + 18 + 192 // 16 + 6) * layer // 2,  # and entries for steps near the end
         "unrotated_keys": 0,
     }
 

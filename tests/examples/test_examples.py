@@ -55,6 +55,18 @@ def test_p_gptq(real_checkpoint, tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in (tmp_path / "int4" / "prefix_cache").iterdir()) == ["keys_values.safetensors"]
 
 
+def test_edge_engine(real_checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["edge_engine.py", "--model", str(real_checkpoint), "--max_new_tokens", "40"])
+    runpy.run_path(str(EXAMPLES / "edge_engine.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    turns = re.findall(r"\[(\d+) tokens of prompt, (\d+) of them in the cache; (\d+) written in (\d+) passes\]", out)
+    (first, none, written, passes), (second, reused, _, _) = [tuple(map(int, turn)) for turn in turns]
+    assert none == 0
+    assert first < reused < second
+    assert passes < written / 3, "the draft copies most of what is repeated"
+    assert "from left to right." in out
+
+
 def test_chunkwise_grpo(tmp_path):
     """A few steps: the warm start has learned something, and rollouts were under way when training stopped."""
     arguments = ["--max_steps", "6", "--warm_start_steps", "40", "--tested", "16", "--output_dir", str(tmp_path)]

@@ -87,3 +87,19 @@ def test_chunkwise_rl():
     assert 0.1 * completions < spanning < completions
     assert types.count("image/png") == 3
     assert shown(notebook, "stderr")[0] == ""
+
+
+@pytest.mark.real
+def test_edge_engine(real_checkpoint):
+    notebook = jupytext.read(NOTEBOOKS / "06_edge_engine.py")
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    text, types = shown(notebook)
+    passes = dict(
+        re.findall(r"^(no draft|prompt lookup) .* in (\d+) passes; as model.generate: True$", text, re.MULTILINE)
+    )
+    assert 3 * int(passes["prompt lookup"]) < int(passes["no draft"])
+    tokens, reused = map(int, re.search(r"second prompt: (\d+) tokens, (\d+) of them", text).groups())
+    assert tokens > reused > tokens / 2
+    covered = [float(share) for share in re.findall(r"cover ([\d.]+)%", text)]
+    assert covered == sorted(covered)
+    assert types.count("image/png") == 1

@@ -18,7 +18,7 @@ def show_engine(model, tokenizer, text: str, compile: bool) -> None:
     prompt = [{"role": "user", "content": task}] if tokenizer.chat_template else task
     context = 4 * SENTENCE_TOKENS + 64
     plain = EdgeEngine(model, tokenizer, context=context, compile=compile)
-    drafting = EdgeEngine(model, tokenizer, context=context, draft=PromptLookupDraft(), tree_size=10, compile=compile)
+    drafting = EdgeEngine(model, tokenizer, context=context, draft=PromptLookupDraft(), compile=compile)
     ids = plain.encode(prompt)
     options = {"max_new_tokens": SENTENCE_TOKENS}
     for engine in (plain, drafting):

@@ -99,13 +99,31 @@ def make_draft(args, model):
         return PromptLookupDraft()
     from transformers import AutoModelForCausalLM
 
+    from transformers_minicpm4.generation.eagle import Eagle3Draft, EagleDraft
+
     try:
+        names = tensor_names(Path(args.draft))
+        if any(name.startswith("midlayer.") for name in names):
+            return Eagle3Draft.from_pretrained(args.draft, model)
+        if any(name.endswith("fc.weight") for name in names):
+            return EagleDraft.from_pretrained(args.draft, model)
         draft = AutoModelForCausalLM.from_pretrained(
             args.draft, dtype=model.dtype, attn_implementation="sdpa", device_map=model.device
         )
     except (OSError, ValueError) as error:
         raise UserError(f"The draft in {args.draft!r} cannot be loaded: {one_line(error)}") from error
     return ModelDraft(draft.eval(), depth=DRAFT_DEPTH)
+
+
+def tensor_names(folder: Path) -> list[str]:
+    """By which an EAGLE head is told from a model."""
+    from safetensors import safe_open
+
+    names = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            names += file.keys()
+    return names
 
 
 def closing_line(engine, model) -> str:

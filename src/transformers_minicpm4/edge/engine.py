@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -74,7 +74,7 @@ class EdgeEngine:
             at most 8,192.
         batch: most rows of a request.
         draft: drafts tokens for requests of one row (`generation.drafts`, `generation.eagle`).
-        tree_size: nodes of the draft's largest tree; by default `draft.size`, or 64.
+        tree_size: nodes of the draft's largest tree; by default `draft.size`.
         chunk: tokens of a prefill call.
         compile: whether steps are compiled (`None`: where a compiler is). The first step of each shape takes a while.
         capture: whether steps are captured as CUDA graphs (`None`: on CUDA).
@@ -110,7 +110,7 @@ class EdgeEngine:
         if draft is None:
             tree_size = 0
         elif tree_size is None:
-            tree_size = getattr(draft, "size", MAX_NODES)
+            tree_size = draft.size
         if draft is not None and (type(tree_size) is not int or not 1 <= tree_size <= MAX_NODES):
             raise ValueError(f"tree_size must be a whole number of 1 to {MAX_NODES} nodes, got {tree_size!r}.")
         device = model.get_input_embeddings().weight.device
@@ -137,6 +137,8 @@ class EdgeEngine:
         self._texts: list[list[int]] = [[] for _ in range(batch)]
         self._prefixed = [False] * batch  # whether it begins with the stored prefix's keys and values
         self._busy = threading.Lock()
+        # Called before each chunk of a prompt; what it raises gives the request up, and the next one can come.
+        self.on_chunk: Callable[[], None] | None = None
         self._request: _Request | None = None
         if draft is not None:
             draft.begin(model)  # refuses another vocabulary
@@ -155,7 +157,8 @@ class EdgeEngine:
         context: int | None = None,
         batch: int = 1,
         precision: str | None = None,
-        draft: Draft | None = None,
+        draft: Draft | Callable[[PreTrainedModel], Draft] | None = None,
+        tree_size: int | None = None,
         profile: DeviceProfile | None = None,
         chunk: int | None = None,
         compile: bool | None = None,
@@ -166,7 +169,9 @@ class EdgeEngine:
 
         Args:
             name_or_path: Hub id or folder.
-            context, batch, chunk, draft, compile: as for the class.
+            context, batch, chunk, draft, tree_size, compile: as for the class. `draft` may also be a function that
+                makes one for the model, such as `lambda model: EagleDraft.from_pretrained(folder, model)`; the plan
+                then counts a head of EAGLE's size.
             precision: `"fp32"`, `"bf16"`, `"fp16"`; by default what the checkpoint is quantized to, else 16 bits on a
                 GPU and, where it fits, 32 bits on a CPU.
             profile: another machine than the one that is detected, such as with less memory to spend.
@@ -185,17 +190,33 @@ class EdgeEngine:
             batch=batch,
             precision=precision,
             draft=draft,
+            tree_size=tree_size,
             chunk=chunk,
             **kwargs,
         )
+        if draft is not None and not isinstance(draft, Draft):
+            draft = draft(model)
         return cls(
-            model, tokenizer, batch=batch, draft=draft, chunk=plan.chunk, compile=compile, prefix=prefix, plan=plan
+            model,
+            tokenizer,
+            batch=batch,
+            draft=draft,
+            tree_size=tree_size,
+            chunk=plan.chunk,
+            compile=compile,
+            prefix=prefix,
+            plan=plan,
         )
 
     @property
     def compiles(self) -> bool:
         """Whether steps are compiled, so that the first ones take a while."""
         return self._runner.compile
+
+    @property
+    def captures(self) -> bool:
+        """Whether steps are captured as CUDA graphs."""
+        return self._runner.capture
 
     # ------------------------------------------------------------------------------------------------------ requests
 
@@ -210,7 +231,9 @@ class EdgeEngine:
             stop: strings that end the answer; they are not part of it.
             seed: of the sampling.
             logits_processor, stopping_criteria: as for `model.generate`.
-            options: everything else `GenerationConfig` has for sampling: `do_sample`, `temperature`, `top_p`, ...
+            options: everything else `GenerationConfig` has for sampling: `do_sample` (`False` by default, whatever the
+                model's own says), `temperature`, `top_p`, ... An answer ends with `eos_token_id`, by default the
+                model's and the tokenizer's.
 
         Returns:
             [`Generation`], one for each prompt.
@@ -299,10 +322,9 @@ class EdgeEngine:
         logits_processor=None,
         stopping_criteria=None,
         generation_config: GenerationConfig | None = None,
-        attention_mask: torch.Tensor | None = None,
         text_streamer=None,
         generator: torch.Generator | None = None,
-        **unused,
+        **model_kwargs,  # attention_mask is in here: generate hands a parameter of that name over twice
     ) -> torch.Tensor | GenerateDecoderOnlyOutput:
         """
         For `model.generate(..., custom_generate=engine.decode)`. Rows are padded on the left, as `generate` wants
@@ -320,13 +342,13 @@ class EdgeEngine:
         """
         if model is not self.model:
             raise ValueError("this engine was made for another model; call generate of engine.model.")
-        given = unused.get("past_key_values")
+        given = model_kwargs.get("past_key_values")
         if given is not None and given.get_seq_length():
             raise ValueError(
                 f"past_key_values hold {given.get_seq_length()} tokens, and the engine has a cache of its own, which "
                 "remembers earlier requests; leave them out."
             )
-        prompts = _unpadded(input_ids, attention_mask)
+        prompts = _unpadded(input_ids, model_kwargs.get("attention_mask"))
         ids = input_ids
         with self._claim():
             for emitted in self._passes(
@@ -395,14 +417,14 @@ class EdgeEngine:
         self._texts[row] = wanted[:common]
         if prefixed and common < len(prefix):
             if draft is not None and draft.hidden_layers:
-                self._runner.prefill(prefix, self.chunk, row=row, draft=draft)
+                self._runner.prefill(prefix, self.chunk, row=row, draft=draft, on_chunk=self.on_chunk)
             self._texts[row], self._prefixed[row] = [], True
             self._write_prefix(row)
             common, filled = len(prefix), 0
             self._texts[row] = wanted[:common]
         elif not prefixed:
             self._prefixed[row] = False
-        self._runner.prefill(wanted, self.chunk, begin=common, row=row, draft=draft)
+        self._runner.prefill(wanted, self.chunk, begin=common, row=row, draft=draft, on_chunk=self.on_chunk)
         self._texts[row] = list(wanted)
         return filled
 

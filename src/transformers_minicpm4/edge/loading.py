@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file, logging
 
+from ..generation.draft_tree import MAX_NODES
 from ..generation.drafts import Draft
 from ..infllm_v2 import ATTN_IMPLEMENTATION
 from ..model.prefix_cache import FILE_NAME, PrefixCache
@@ -30,7 +32,8 @@ def load_planned(
     context: int | None = None,
     batch: int = 1,
     precision: str | None = None,
-    draft: Draft | None = None,
+    draft: Draft | Callable[[PreTrainedModel], Draft] | None = None,
+    tree_size: int | None = None,
     chunk: int | None = None,
     **kwargs,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, PrefixCache | None, MemoryPlan]:
@@ -67,7 +70,7 @@ def load_planned(
         chunk=chunk,
         sparse=sparse,
         cache="static",
-        draft=None if draft is None else DraftSpec(kind="lookup", tree_size=max(getattr(draft, "size", 64), 2)),
+        draft=_draft_spec(draft, tree_size),
     )
     device = "cpu" if profile.kind == "cpu" else "cuda"
     dtype = DTYPES[plan.dtype]
@@ -83,6 +86,15 @@ def load_planned(
     folder = _folder(name_or_path, hub)
     prefix = None if folder is None else PrefixCache.load(folder)
     return model, AutoTokenizer.from_pretrained(name_or_path, **hub), prefix, plan
+
+
+def _draft_spec(draft, tree_size: int | None) -> DraftSpec | None:
+    """A draft that is there already has its memory; one that will be made of the model is planned as a head."""
+    if draft is None:
+        return None
+    if isinstance(draft, Draft):
+        return DraftSpec(kind="lookup", tree_size=max(tree_size or draft.size, 2))
+    return DraftSpec(kind="eagle", vocabulary=None, tree_size=max(tree_size or MAX_NODES, 2))
 
 
 def _gptq_is_unpacked(config) -> bool:

@@ -13,6 +13,7 @@ Letters: `O` outputs and `I` inputs of a linear layer, `B` rows of the batch, `C
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,6 +21,7 @@ from typing import Any
 
 from ..infllm_v2 import InfLLMv2Config
 from ..infllm_v2.blockwise import CHUNK, DENSE_CHUNK, GATHER_BLOCKS, SCORE_CHUNK
+from ..infllm_v2.slots import SLOT_MULTIPLE, spare_windows
 from ..quantization.bitcpm4.configuration import QUANT_METHOD as BITCPM4
 from ..quantization.bitcpm4.ternary_packing import packed_bytes
 from ..quantization.packing import pack_unit
@@ -282,7 +284,8 @@ def cache_bytes(
         dtype_bytes: of one number.
         sparse: whether attention is InfLLM v2; by default where the configuration has a `sparse_config`.
         cache: `"dynamic"`: the most that today's caches hold then. That of InfLLM v2 grows with room to spare: this is
-            its size if the last growth came at the last token. `"static"`: exactly `tokens` slots.
+            its size if the last growth came at the last token. `"static"`: slots for `tokens`, in whole blocks, as
+            an engine takes them (`infllm_v2.slots`).
         chunk: tokens of a call, for layers with a sliding window, which hold the last call beside the window.
 
     Returns:
@@ -294,6 +297,9 @@ def cache_bytes(
     settings = sparse_settings(config, sparse)
     _, groups, size = _heads(config)
     row = batch * groups * size * dtype_bytes  # one layer's keys of one token
+    if cache == "static":
+        multiple = SLOT_MULTIPLE if settings is None else math.lcm(SLOT_MULTIPLE, settings.block_size)
+        tokens = -(-tokens // multiple) * multiple
     if settings is None:
         slots = 0
         for layer in DynamicCache(config=config).layers:
@@ -306,10 +312,14 @@ def cache_bytes(
             slots += tokens if window is None else min(tokens, window - 1 + (chunk or tokens))
         return {"keys_and_values": 2 * slots * row, "compressed_keys": 0, "unrotated_keys": 0}
     hold = _with_headroom if cache == "dynamic" else int
+    if cache == "static":
+        compressed = sum(tokens // settings.windows(c)[1] + spare_windows(settings, c) for c in (False, True))
+    else:
+        compressed = sum(map(hold, _windows(settings, tokens)))
     layers = config.num_hidden_layers
     return {
         "keys_and_values": 2 * layers * hold(tokens) * row,
-        "compressed_keys": layers * sum(map(hold, _windows(settings, tokens))) * row,
+        "compressed_keys": layers * compressed * row,
         "unrotated_keys": layers * hold(tokens) * row if settings.use_nope else 0,
     }
 
@@ -643,7 +653,8 @@ def plan_memory(
         draft: `"eagle"`, `"eagle3"`, `"lookup"` or a [`DraftSpec`].
         chunk: tokens of a prefill call, 2,048 or `context` if that is less.
         sparse: InfLLM v2; by default where the configuration has a `sparse_config`.
-        cache: `"dynamic"` (caches as they are, with the room they keep to grow) or `"static"` (exactly `context`).
+        cache: `"dynamic"` (caches as they are, with the room they keep to grow) or `"static"` (an engine's: slots for
+            `context`, in whole blocks).
         context_limit: tokens the checkpoint is meant for, `max_position_embeddings` by default.
         memory_share: of the available memory that may be planned, above 0 and at most 1.
         runtime_bytes: for libraries and driver.

@@ -12,9 +12,10 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from packaging import version
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.utils import logging
@@ -71,6 +72,20 @@ def check_model(model: PreTrainedModel) -> None:
         )
 
 
+def _compiled_once(step):
+    """
+    The step as a program that does not look at the model again: before each call Dynamo would compare some hundred
+    attributes of model, configuration and cache, which takes as long as a step of a tiny model. They stay what they
+    are; the number of tokens, the slots and the form of attention are still looked at.
+    """
+    options = {}
+    if version.parse(torch.__version__) >= version.parse("2.8"):
+        options["options"] = {
+            "guard_filter_fn": lambda guards: [not guard.name.startswith("L['self']") for guard in guards]
+        }
+    return torch.compile(step, dynamic=False, **options)
+
+
 class SlotRunner:
     """
     Args:
@@ -109,7 +124,10 @@ class SlotRunner:
         self.slots, self.batch, self.tree, self.hidden_layers = slots, batch, tree, tuple(hidden_layers)
         self.lengths = [0] * batch
         self.compile, self.capture = compile, capture
-        self._program = torch.compile(self._step, dynamic=False) if compile else self._step
+        self._config, self._first_sparse = config, 0
+        if self.settings is not None:
+            self._first_sparse = self.settings.first_sparse_position(0)
+        self._program = _compiled_once(self._step) if compile else self._step
         self._graphs: dict[tuple, tuple] = {}
         # What a step reads: the same tensors always, as a captured one wants it.
         self._past = torch.zeros(batch, dtype=torch.long, device=self.device)
@@ -120,16 +138,24 @@ class SlotRunner:
 
     @torch.no_grad()
     def prefill(
-        self, token_ids: Sequence[int], chunk: int, begin: int = 0, row: int = 0, draft: Draft | None = None
+        self,
+        token_ids: Sequence[int],
+        chunk: int,
+        begin: int = 0,
+        row: int = 0,
+        draft: Draft | None = None,
+        on_chunk: Callable[[], None] | None = None,
     ) -> None:
         """
         Fill a row's slots from `begin` on with `token_ids[begin:]`, `chunk` tokens a call; those before are there.
-        `draft` observes the new ones.
+        `draft` observes the new ones. `on_chunk` is called before each chunk.
         """
         self.lengths[row] = min(begin, len(token_ids))
         cache = self.cache.row(row, begin)
         options = {"output_hidden_states": True} if self.hidden_layers else {}
         for start in range(begin, len(token_ids), chunk):
+            if on_chunk is not None:
+                on_chunk()
             piece = token_ids[start : start + chunk]
             output = self.model(
                 input_ids=torch.tensor([piece], device=self.device),
@@ -180,13 +206,13 @@ class SlotRunner:
     @torch.no_grad()
     def keep(self, rows: list[int]) -> list[torch.Tensor]:
         """Keep what the accepted rows of the last `verify` left; returns their hidden states."""
-        begin, chosen = self._past[:1], torch.tensor(rows, device=self.device)
+        begin = self._past[:1]
         if self._width > 1:  # a step of one token compresses by itself
             if rows != list(range(len(rows))):
-                self.cache.move(0, begin + chosen, begin)
+                self.cache.move(0, begin + torch.tensor(rows, device=self.device), begin)
             self.cache.compress(begin, len(rows))
         self.lengths[0] += len(rows)
-        return [states[0, chosen] for states in self._hidden]
+        return [states[0, rows] for states in self._hidden]
 
     @torch.inference_mode(False)
     def _input(self, tokens: int, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -222,10 +248,9 @@ class SlotRunner:
         """The form of attention that every row of the step can take (`SlotStep`)."""
         if self.settings is None:
             return "dense"
-        first = self.settings.first_sparse_position(0)
-        if max(lengths) + tokens <= first:
+        if max(lengths) + tokens <= self._first_sparse:
             return "dense"
-        if min(lengths) >= first and gather_pays(self.settings, tokens, reach):
+        if min(lengths) >= self._first_sparse and gather_pays(self.settings, tokens, reach):
             return "gathered"
         return "masked"
 
@@ -274,10 +299,11 @@ class SlotRunner:
 
     @contextlib.contextmanager
     def _slot_attention(self):
-        config = self.model.config.get_text_config()
-        before = config._attn_implementation
-        config._attn_implementation = SLOT_ATTENTION
+        # Not by the property: a step of a tiny model takes a millisecond, and setting it a tenth of that.
+        fields = vars(self._config)
+        before = fields["_attn_implementation_internal"]
+        fields["_attn_implementation_internal"] = SLOT_ATTENTION
         try:
             yield
         finally:
-            config._attn_implementation = before
+            fields["_attn_implementation_internal"] = before

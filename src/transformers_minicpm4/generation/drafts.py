@@ -21,6 +21,8 @@ class Draft:
     counts the target's passes, so that `accepted / passes + 1` tokens come out of one.
     """
 
+    # Nodes of the largest tree it proposes.
+    size: int = MAX_NODES
     # Indices into the target's `hidden_states` that `observe` is given, the last one is the final norm's output.
     hidden_layers: tuple[int, ...] = ()
     proposed = accepted = passes = 0
@@ -65,6 +67,7 @@ class PromptLookupDraft(Draft):
                 f"{MAX_NODES}; got ngram={ngram}, length={length}, branches={branches}."
             )
         self.ngram, self.length, self.branches = ngram, length, branches
+        self.size = length * branches
 
     def begin(self, target: PreTrainedModel) -> None:
         super().begin(target)
