@@ -142,6 +142,20 @@ def test_compiled_steps_are_the_same_and_no_length_is_frozen_in(tiny_config, spa
     assert 0 < programs[1] <= 2 * len(set(seen)), programs
 
 
+def test_compiled_programs_belong_to_their_model(tiny_config):
+    """Dynamo would give the second model the first one's: other weights, and a constant that is in the program."""
+    for seed, scale in ((0, 1.4), (1, 1.4), (1, 2.5)):
+        torch.manual_seed(seed)
+        model = MiniCPM4ForCausalLM(tiny_config(scale_depth=scale, num_hidden_layers=1)).eval()
+        logits = []
+        for compile in (True, False):
+            runner = SlotRunner(model, 64, compile=compile)
+            runner.prefill(list(range(3, 20)), 64)
+            logits.append(runner.decode(torch.tensor([7])))
+            assert runner.compile == compile
+        assert torch.allclose(*logits, atol=1e-4, rtol=0)
+
+
 def test_refusals(tiny_config, sparse_config):
     model = make("dense", tiny_config, sparse_config)
     runner = SlotRunner(model, 64)

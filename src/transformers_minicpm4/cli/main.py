@@ -13,9 +13,12 @@ from importlib import import_module
 from .errors import UserError, one_line
 
 
-COMMANDS = ("demo", "generate", "info", "plan", "env", "ultraclean", "fr-spec", "chunk-plan", "grpo", "serve", "chat")
+COMMANDS = (
+    "demo", "generate", "info", "plan", "env", "export", "align",
+    "ultraclean", "fr-spec", "chunk-plan", "grpo", "serve", "chat",
+)  # fmt: skip
 # Their arguments are not parsed here: Transformers' command of the same name does, for `grpo` TRL's parser.
-HANDED_OVER = ("grpo", "serve", "chat")
+HANDED_OVER = ("grpo", "chat")
 
 EXAMPLES = """\
 examples:
@@ -24,7 +27,10 @@ examples:
   minicpm4 info openbmb/MiniCPM4-8B                      what a checkpoint is, before it is loaded
   minicpm4 plan openbmb/MiniCPM4-8B --device orin-nx     what fits on a device, before any weight is there
   minicpm4 env                                           what this machine can run
+  minicpm4 export MODEL --to gguf -o model.gguf          for llama.cpp (or OpenVINO)
+  minicpm4 align MODEL model.gguf --text some.txt        whether that computes the same
   minicpm4 ultraclean filter crawl.parquet --model quality.bin -o kept
+  minicpm4 serve MODEL --port 8000                       an OpenAI-compatible server on this machine
   minicpm4 fr-spec build MODEL --text chat.txt -o lists  the tokens that a draft head scores
   minicpm4 chunk-plan lengths.jsonl --max-completion-length 8192 --batch 256 --num-generations 8
   minicpm4 grpo --config recipe.yaml --output_dir out    reinforcement learning with chunk-wise rollouts

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import types
 from collections.abc import Callable, Sequence
 
 import torch
@@ -83,7 +84,9 @@ def _compiled_once(step):
         options["options"] = {
             "guard_filter_fn": lambda guards: [not guard.name.startswith("L['self']") for guard in guards]
         }
-    return torch.compile(step, dynamic=False, **options)
+    # Dynamo keeps programs by code object. Each runner has its own, or it would be given another model's.
+    own = types.FunctionType(step.__func__.__code__.replace(), step.__func__.__globals__, step.__func__.__name__)
+    return torch.compile(types.MethodType(own, step.__self__), dynamic=False, **options)
 
 
 class SlotRunner:
@@ -129,6 +132,7 @@ class SlotRunner:
             self._first_sparse = self.settings.first_sparse_position(0)
         self._program = _compiled_once(self._step) if compile else self._step
         self._graphs: dict[tuple, tuple] = {}
+        self._pool = None
         # What a step reads: the same tensors always, as a captured one wants it.
         self._past = torch.zeros(batch, dtype=torch.long, device=self.device)
         self._reach = torch.empty(slots, dtype=torch.bool, device=self.device)
@@ -239,10 +243,7 @@ class SlotRunner:
         with self._slot_attention():
             if self.capture:
                 return self._replay(arguments)
-            if self.compile:
-                torch._dynamo.maybe_mark_dynamic(arguments[4], 0)
-                return self._compiled(arguments)
-            return self._step(*arguments)
+            return self._compiled(arguments) if self.compile else self._step(*arguments)
 
     def _form(self, lengths: list[int], tokens: int, reach: int) -> str:
         """The form of attention that every row of the step can take (`SlotStep`)."""
@@ -270,6 +271,7 @@ class SlotRunner:
         return output.logits, tuple(output.hidden_states[layer] for layer in self.hidden_layers)
 
     def _compiled(self, arguments):
+        torch._dynamo.maybe_mark_dynamic(arguments[4], 0)
         try:
             return self._program(*arguments)
         except torch._dynamo.exc.TorchDynamoException as error:
@@ -290,7 +292,10 @@ class SlotRunner:
                     self._compiled(arguments) if self.compile else self._step(*arguments)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # One pool for all graphs: the results of a step are read before the next one.
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            with torch.cuda.graph(graph, pool=self._pool):
                 output = self._program(*arguments)
             self._graphs[key] = (graph, output)
         graph, output = self._graphs[key]
