@@ -58,6 +58,12 @@ def test_the_bundled_questions_are_answered_from_the_text(run_cli, real_checkpoi
         assert sparse == "right" or dense == "wrong"
     assert result.out.count("to be selected") >= 2
     check_table(result.out, InfLLMv2Config(dense_len=512, topk=8, window_size=128))
+    engine = result.out[result.out.index("the edge engine") :]
+    assert engine.count("same tokens") == 2
+    plain, alone, drafting = (
+        float(a_pass) for a_pass in re.findall(r" ([\d.]+)(?:  same tokens)?$", engine, re.MULTILINE)[:3]
+    )
+    assert plain == alone == 1 < drafting
     assert max(len(line) for line in result.out.splitlines() if not line.startswith("picture:")) <= 100
 
     from matplotlib import image

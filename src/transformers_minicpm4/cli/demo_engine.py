@@ -25,9 +25,8 @@ def show_engine(model, tokenizer, text: str, compile: bool) -> None:
         engine.generate(ids[:-1], max_new_tokens=12 if compile else 1)  # programs are compiled outside the clock
         engine.reset()
     rate, expected = generate_rate(model, plain, ids, options)
-    print(
-        f'\nthe edge engine, asked to repeat {SENTENCE_TOKENS} tokens of the text: "{" ".join(part.split())[:40]} ..."'
-    )
+    beginning = " ".join(part.split())[:28]
+    print(f'\nthe edge engine, asked to repeat {SENTENCE_TOKENS} tokens of the text ("{beginning} ..."):')
     print(f"{'':32}{'tokens/s':>12}{'a pass':>12}")
     print(f"{'model.generate':32}{rate:>12,.1f}{1:>12.2f}")
     name = "engine, compiled" if plain.compiles else "engine, eager steps"
