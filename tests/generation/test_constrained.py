@@ -1,5 +1,6 @@
 """Whatever the model's scores, a text that ended fulfils its grammar, by judges that know nothing of the engine."""
 
+import copy
 import json
 import random
 import re
@@ -537,6 +538,35 @@ def test_a_prompt_that_is_not_the_beginning(tokenizer, model):
     processor = ConstrainedLogitsProcessor(Grammar.regex("ab+c"), tokenizer, prompt_length=1, eos_token_id=EOS)
     with pytest.raises(ValueError, match="the text after the first 1 tokens, .* does not begin as the grammar says"):
         generate(model, processor)
+
+
+def test_a_special_token_does_not_stand_for_its_name(tokenizer):
+    """
+    Decoded without special tokens its name would be missing. Where a string may have other text the name is spelled;
+    where the schema forces the name, llguidance offers the special token alone, and that is an error with a sentence.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>"]})
+    special = tokenizer.convert_tokens_to_ids("<think>")
+
+    def write(schema):
+        processor = ConstrainedLogitsProcessor(
+            Grammar.json_schema(schema), tokenizer, prompt_length=0, eos_token_id=tokenizer.eos_token_id
+        )
+        ids = torch.empty(1, 0, dtype=torch.long)
+        for step in range(40):
+            logits = torch.randn(1, len(tokenizer), generator=torch.Generator().manual_seed(step))
+            logits[0, special] = 100
+            ids = torch.cat([ids, processor(ids, logits).argmax(-1, keepdim=True)], 1)
+            if int(ids[0, -1]) == tokenizer.eos_token_id:
+                break
+        return ids[0]
+
+    free = write({"type": "string", "maxLength": 12})
+    assert special not in free.tolist()
+    assert len(json.loads(tokenizer.decode(free, skip_special_tokens=True))) <= 12
+    with pytest.raises(ValueError, match="the name of a special token"):
+        write({"const": "a <think> b"})
 
 
 def test_dead_ends(tokenizer, model):

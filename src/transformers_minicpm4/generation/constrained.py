@@ -64,6 +64,10 @@ class ConstrainedLogitsProcessor(LogitsProcessor):
             )
         self.tokenizer, self.prompt_length = tokenizer, prompt_length
         self._vocabulary = llguidance_tokenizer(tokenizer, self.eos_token_ids[0])
+        # llguidance lets a special token stand for its own name in a string, and decoded without special tokens it
+        # would be missing there. A Lark grammar can ask for one on purpose (`<name>`).
+        added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
+        self._special = [] if grammar.names_tokens else sorted(added | set(tokenizer.all_special_ids))
         self._start = _matcher()(self._vocabulary, grammar.text, log_level=0)
         self._rows: list[_Row] = []
         self._prompts: torch.Tensor | None = None
@@ -185,13 +189,14 @@ class ConstrainedLogitsProcessor(LogitsProcessor):
         allowed = np.zeros(max(width, len(bits)), dtype=bool)
         allowed[: self._vocabulary.vocab_size] = bits[: self._vocabulary.vocab_size]
         allowed[self._vocabulary.eos_tokens] = False
+        allowed[[token for token in self._special if token < len(allowed)]] = False
         allowed = allowed[:width]
         allowed[[token for token in self.eos_token_ids if token < width]] = row.matcher.is_accepting()
         if not allowed.any():
             raise ValueError(
                 f"the grammar has a dead end: after {self.tokenizer.decode(row.ids)[-80:]!r} none of the model's "
-                f"{width} tokens goes on and the text is not complete. Make the grammar possible, or the vocabulary "
-                "lacks a character that it asks for."
+                f"{width} tokens goes on and the text is not complete. Make the grammar possible: it may ask for a "
+                "character that the vocabulary lacks, or for text that is the name of a special token."
             )
         return allowed
 

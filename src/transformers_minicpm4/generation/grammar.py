@@ -47,6 +47,8 @@ class Grammar:
     """
 
     text: str = field(repr=False)
+    # Whether it may ask for special tokens by name.
+    names_tokens: bool = False
 
     @classmethod
     def json_schema(cls, schema: dict | bool | str | type, whitespace: str = WHITESPACE) -> Grammar:
@@ -117,7 +119,7 @@ class Grammar:
         Raises:
             ValueError: a grammar that does not parse.
         """
-        return cls(_valid(_matcher().grammar_from_lark(grammar), "Lark grammar", warnings=True))
+        return cls(_valid(_matcher().grammar_from_lark(grammar), "Lark grammar", warnings=True), names_tokens=True)
 
     @classmethod
     def choice(cls, strings: Sequence[str]) -> Grammar:
