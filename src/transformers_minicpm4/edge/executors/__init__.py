@@ -1,0 +1,38 @@
+"""One model in several runtimes, behind calls that each of them declares: PyTorch, llama.cpp (GGUF), OpenVINO."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ..trace import Trace
+from .protocol import CALLS, CallNotOffered, Executor, Scores
+
+
+def open_executor(
+    path: str | os.PathLike, context: int = 2048, trace: Trace | None = None, name: str | None = None, **options
+) -> Executor:
+    """
+    The executor for what lies at `path`: a `.gguf` file, a folder with `openvino_model.xml`, else a checkpoint (folder
+    or Hub id) for PyTorch, to which `options` of `from_pretrained` are passed.
+
+    Raises:
+        ImportError: the runtime is not installed.
+        ValueError: a file that its runtime does not take, or `options` with another runtime than PyTorch.
+    """
+    place = Path(path)
+    other = None
+    if place.suffix == ".gguf":
+        from .gguf_executor import GGUFExecutor as other
+    elif (place / "openvino_model.xml").is_file():
+        from .openvino_executor import OpenVINOExecutor as other
+    if other is None:
+        from .torch_executor import TorchExecutor
+
+        return TorchExecutor.open(path, context, name=name, trace=trace, **options)
+    if options:
+        raise ValueError(f"{', '.join(options)}: options of PyTorch, which {path} is not for.")
+    return other(path, context, trace=trace, **({} if name is None else {"name": name}))
+
+
+__all__ = ["CALLS", "CallNotOffered", "Executor", "Scores", "open_executor"]
