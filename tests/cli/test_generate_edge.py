@@ -3,6 +3,8 @@
 import re
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from transformers_minicpm4 import InfLLMv2Config, MiniCPM4ForCausalLM
 from transformers_minicpm4.cli import generate_edge
@@ -48,6 +50,26 @@ def test_an_eagle_head_is_told_from_a_model(run_cli, checkpoint, tmp_path):
     names = generate_edge.tensor_names(tmp_path / "head")
     assert "fc.weight" in names
     assert "tokens a pass" in same(run_cli, checkpoint, "--draft", tmp_path / "head").sentence
+
+
+def test_a_head_in_a_bin_file_and_a_broken_one(run_cli, checkpoint, tmp_path):
+    model = MiniCPM4ForCausalLM.from_pretrained(checkpoint)
+    EagleDraft(new_head(model), depth=2, topk=2).save_pretrained(tmp_path / "head")
+    weights = tmp_path / "head" / "model.safetensors"
+    torch.save(load_file(weights), tmp_path / "head" / "pytorch_model.bin")
+    weights.unlink()
+    assert generate_edge.draft_kind(str(tmp_path / "head")) == "eagle"
+    assert "tokens a pass" in same(run_cli, checkpoint, "--draft", tmp_path / "head").sentence
+    weights.write_bytes(b"\x10" * 40)
+    result = run_cli("generate", checkpoint, "--prompt", "three", "--engine", "edge", "--draft", tmp_path / "head")
+    assert result.code == 2
+    assert "truncated or corrupt" in result.sentence
+
+
+def test_a_prompt_that_is_not_utf8(run_cli, checkpoint):
+    result = run_cli("generate", checkpoint, "--prompt", "Name \udcff", "--engine", "edge")
+    assert result.code == 2
+    assert "is not text in UTF-8" in result.sentence
 
 
 def test_stop_ends_the_answer_before_itself(run_cli, checkpoint):

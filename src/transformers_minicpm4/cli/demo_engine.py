@@ -59,7 +59,9 @@ def generate_rate(model, engine, ids, options) -> tuple[float, list[int]]:
     )  # fmt: skip
     tokens = output[0, len(ids) :].tolist()
     # The streamer gets the prompt first; the first token's time is the prompt's.
-    return max(len(tokens) - 1, 1) / (clock.times[-1] - clock.times[1]), tokens
+    if len(tokens) < 2:
+        return 0.0, tokens
+    return (len(tokens) - 1) / (clock.times[-1] - clock.times[1]), tokens
 
 
 def _ids(token_ids) -> list[int]:

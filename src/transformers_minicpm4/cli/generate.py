@@ -138,6 +138,8 @@ def read_prompt(args) -> str:
         raise UserError("No prompt is given; use --prompt TEXT or --prompt-file FILE, or pipe a text in.")
     else:
         text, source = decode(sys.stdin.buffer.read(), "standard input"), "standard input"
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"The prompt in {source!r} is not text in UTF-8; convert it first.")
     if not text.strip():
         raise UserError(f"The prompt is empty ({source}); give at least one word.")
     return text

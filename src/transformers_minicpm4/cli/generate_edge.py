@@ -18,12 +18,13 @@ def answer_with_engine(args, config, attn_implementation, device, tokenizer, inp
     ids = inputs["input_ids"][0].tolist()
     if args.draft not in (None, "lookup") and not Path(args.draft).is_dir():
         raise UserError(f"--draft {args.draft!r} is neither 'lookup' nor a folder with a model; give one of them.")
+    kind = draft_kind(args.draft)
     try:
         prefix = PrefixCache.load(folder)
     except ValueError as error:
         raise UserError(one_line(error)) from error
     held = len(ids) + max_new_tokens + (0 if prefix is None else len(prefix.token_ids))
-    plan = make_plan(args, config, attn_implementation, device, held)
+    plan = make_plan(args, config, attn_implementation, device, held, kind)
     if plan is not None:
         print(
             f"[plan for {plan.device.name}: {plan.total_bytes / 1e9:.2f} GB of {plan.budget_bytes / 1e9:.2f} GB, "
@@ -36,7 +37,7 @@ def answer_with_engine(args, config, attn_implementation, device, tokenizer, inp
             model,
             tokenizer,
             context=held,
-            draft=make_draft(args, model),
+            draft=make_draft(args, kind, model),
             compile=False if args.no_compile else None,
             prefix=prefix,
             plan=plan,
@@ -61,10 +62,10 @@ def answer_with_engine(args, config, attn_implementation, device, tokenizer, inp
     print(f"[{closing_line(engine, model)}]", file=sys.stderr)
 
 
-def make_plan(args, config, attn_implementation, device, tokens: int):
+def make_plan(args, config, attn_implementation, device, tokens: int, kind: str | None):
     """The plan for this machine; `None` where the checkpoint's sizes cannot be planned."""
     from transformers_minicpm4.edge.device_profile import detect
-    from transformers_minicpm4.edge.memory_plan import DoesNotFit, PlanError, plan_memory
+    from transformers_minicpm4.edge.memory_plan import DoesNotFit, DraftSpec, PlanError, plan_memory
 
     names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
     stored = str(getattr(config, "dtype", None)).removeprefix("torch.")
@@ -72,6 +73,9 @@ def make_plan(args, config, attn_implementation, device, tokens: int):
     if getattr(config, "quantization_config", None) is not None:
         precision = None
     profile = detect() if device.type != "cpu" else detect(cuda=())
+    if kind == "model":
+        size = sum(path.stat().st_size for path in Path(args.draft).glob("*.safetensors"))
+        profile = profile.replace(memory_available=max(profile.memory_available - size, 0))
     try:
         return plan_memory(
             config,
@@ -81,7 +85,7 @@ def make_plan(args, config, attn_implementation, device, tokens: int):
             sparse=attn_implementation == "infllm_v2"
             or (attn_implementation is None and config.sparse_config is not None),
             cache="static",
-            draft="lookup" if args.draft else None,
+            draft=DraftSpec(kind=kind if kind in ("eagle", "eagle3") else "lookup") if kind else None,
         )
     except DoesNotFit as error:
         raise UserError(one_line(error)) from error
@@ -90,28 +94,33 @@ def make_plan(args, config, attn_implementation, device, tokens: int):
         return None
 
 
-def make_draft(args, model):
+def make_draft(args, kind: str | None, model):
     from transformers_minicpm4.generation.drafts import ModelDraft, PromptLookupDraft
-
-    if args.draft is None:
-        return None
-    if args.draft == "lookup":
-        return PromptLookupDraft()
-    from transformers import AutoModelForCausalLM
-
     from transformers_minicpm4.generation.eagle import Eagle3Draft, EagleDraft
 
+    if kind is None:
+        return None
+    if kind == "lookup":
+        return PromptLookupDraft()
+    if kind in ("eagle", "eagle3"):
+        return (EagleDraft if kind == "eagle" else Eagle3Draft).from_pretrained(args.draft, model)
+    from transformers import AutoModelForCausalLM
+
     try:
-        names = tensor_names(Path(args.draft))
-        if any(name.startswith("midlayer.") for name in names):
-            return Eagle3Draft.from_pretrained(args.draft, model)
-        if any(name.endswith("fc.weight") for name in names):
-            return EagleDraft.from_pretrained(args.draft, model)
-        draft = AutoModelForCausalLM.from_pretrained(
-            args.draft, dtype=model.dtype, attn_implementation="sdpa", device_map=model.device
+        draft, report = AutoModelForCausalLM.from_pretrained(
+            args.draft,
+            dtype=model.dtype,
+            attn_implementation="sdpa",
+            device_map=model.device,
+            output_loading_info=True,
         )
     except (OSError, ValueError) as error:
         raise UserError(f"The draft in {args.draft!r} cannot be loaded: {one_line(error)}") from error
+    if report["missing_keys"]:
+        raise UserError(
+            f"The draft in {args.draft!r} lacks {len(report['missing_keys'])} tensors (first: "
+            f"{min(report['missing_keys'])}); it is neither a whole model nor an EAGLE head."
+        )
     return ModelDraft(draft.eval(), depth=DRAFT_DEPTH)
 
 
@@ -123,7 +132,29 @@ def tensor_names(folder: Path) -> list[str]:
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             names += file.keys()
+    if not names:
+        import torch
+
+        for path in sorted(folder.glob("*.bin")):
+            names += torch.load(path, map_location="cpu", weights_only=True)
     return names
+
+
+def draft_kind(draft: str | None) -> str | None:
+    """`"lookup"`, `"eagle"`, `"eagle3"`, `"model"`, or `None` without a draft."""
+    import pickle
+
+    from safetensors import SafetensorError
+
+    if draft in (None, "lookup"):
+        return draft
+    try:
+        names = tensor_names(Path(draft))
+    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(f"The weights in {draft!r} are truncated or corrupt ({one_line(error)}).") from error
+    if any(name.startswith("midlayer.") for name in names):
+        return "eagle3"
+    return "eagle" if any(name.endswith("fc.weight") for name in names) else "model"
 
 
 def closing_line(engine, model) -> str:

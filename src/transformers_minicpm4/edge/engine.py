@@ -107,6 +107,10 @@ class EdgeEngine:
         for name, value in (("context", context), ("batch", batch), ("chunk", chunk)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}.")
+        if context > limit:
+            logger.warning(f"A context of {context:,} tokens is beyond the {limit:,} that the model is meant for.")
+        if draft is not None:
+            _check_draft(draft)
         if draft is None:
             tree_size = 0
         elif tree_size is None:
@@ -162,6 +166,7 @@ class EdgeEngine:
         profile: DeviceProfile | None = None,
         chunk: int | None = None,
         compile: bool | None = None,
+        capture: bool | None = None,
         **kwargs,
     ) -> EdgeEngine:
         """
@@ -169,9 +174,9 @@ class EdgeEngine:
 
         Args:
             name_or_path: Hub id or folder.
-            context, batch, chunk, draft, tree_size, compile: as for the class. `draft` may also be a function that
-                makes one for the model, such as `lambda model: EagleDraft.from_pretrained(folder, model)`; the plan
-                then counts a head of EAGLE's size.
+            context, batch, chunk, draft, tree_size, compile, capture: as for the class. `draft` may also be a function
+                that makes one for the model, such as `lambda model: EagleDraft.from_pretrained(folder, model)`; the
+                plan then counts a head of EAGLE's size.
             precision: `"fp32"`, `"bf16"`, `"fp16"`; by default what the checkpoint is quantized to, else 16 bits on a
                 GPU and, where it fits, 32 bits on a CPU.
             profile: another machine than the one that is detected, such as with less memory to spend.
@@ -183,6 +188,8 @@ class EdgeEngine:
         """
         from .loading import load_planned
 
+        if draft is not None and not callable(draft):
+            _check_draft(draft)
         model, tokenizer, prefix, plan = load_planned(
             name_or_path,
             profile,
@@ -195,7 +202,7 @@ class EdgeEngine:
             **kwargs,
         )
         if draft is not None and not isinstance(draft, Draft):
-            draft = draft(model)
+            draft = draft(model)  # the class checks what came of it
         return cls(
             model,
             tokenizer,
@@ -204,6 +211,7 @@ class EdgeEngine:
             tree_size=tree_size,
             chunk=plan.chunk,
             compile=compile,
+            capture=capture,
             prefix=prefix,
             plan=plan,
         )
@@ -277,6 +285,12 @@ class EdgeEngine:
         Raises:
             ValueError: an empty prompt, or a text without a tokenizer for it.
         """
+        if isinstance(prompt, (bytes, bytearray)):
+            raise ValueError("the prompt is bytes; decode them first: prompt.decode('utf-8', errors='replace').")
+        if not isinstance(prompt, (str, Sequence, torch.Tensor)):
+            raise ValueError(
+                f"a prompt is a text, messages, token ids or a list of them; got a {type(prompt).__name__}."
+            )
         if isinstance(prompt, str) or _is_messages(prompt):
             if self.tokenizer is None:
                 raise ValueError("a text was given to an engine without a tokenizer; give one, or token ids.")
@@ -299,7 +313,13 @@ class EdgeEngine:
                 "messages were given and the tokenizer has no chat template; give a text, or store a template: "
                 "transformers_minicpm4.generation.chat_template."
             )
-        text = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        try:
+            text = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template may raise anything over a message that lacks what it reads
+            raise ValueError(
+                f"the chat template cannot write these messages ({type(error).__name__}: {error}); each needs a role "
+                "and a text as content."
+            ) from error
         begun = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
         return list(self.tokenizer(_valid(text), add_special_tokens=not begun, verbose=False)["input_ids"])
 
@@ -310,7 +330,7 @@ class EdgeEngine:
         Raises:
             RuntimeError: a request is not finished.
         """
-        with self._claim():
+        with self.claim():
             self._texts = [[] for _ in range(self.batch)]
 
     # ------------------------------------------------------------------------------------------------------ decoding
@@ -350,7 +370,9 @@ class EdgeEngine:
             )
         prompts = _unpadded(input_ids, model_kwargs.get("attention_mask"))
         ids = input_ids
-        with self._claim():
+        with self.claim():
+            if text_streamer is not None:
+                text_streamer.put(input_ids.cpu())  # as generate does: a streamer may skip it
             for emitted in self._passes(
                 prompts, input_ids, logits_processor, stopping_criteria, generation_config, generator
             ):
@@ -364,7 +386,8 @@ class EdgeEngine:
             return GenerateDecoderOnlyOutput(sequences=ids)
         return ids
 
-    def _claim(self):
+    def claim(self):
+        """For the time of a `with`: no request may begin. RuntimeError where one is not finished."""
         return _Claim(self._busy)
 
     def _passes(
@@ -424,8 +447,10 @@ class EdgeEngine:
             self._texts[row] = wanted[:common]
         elif not prefixed:
             self._prefixed[row] = False
-        self._runner.prefill(wanted, self.chunk, begin=common, row=row, draft=draft, on_chunk=self.on_chunk)
-        self._texts[row] = list(wanted)
+        try:
+            self._runner.prefill(wanted, self.chunk, begin=common, row=row, draft=draft, on_chunk=self.on_chunk)
+        finally:
+            self._texts[row] = wanted[: self._runner.lengths[row]]  # the chunks that were read whole
         return filled
 
     def _write_prefix(self, row: int) -> None:
@@ -500,6 +525,14 @@ class EdgeEngine:
                 raise ValueError(f"{name}={getattr(config, name)} is not available in the engine; use model.generate.")
 
 
+def _check_draft(draft) -> None:
+    if not isinstance(draft, Draft):
+        raise ValueError(
+            f"draft={draft!r} was given; give a Draft, such as PromptLookupDraft(), or to from_pretrained a function "
+            "that makes one of the model."
+        )
+
+
 class _Claim:
     """One request at a time."""
 
@@ -530,20 +563,28 @@ class _Request:
         device = engine._runner.device
         self.generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         engine._check(prompts, None)
-        for name in ("generation_config", "max_length", "streamer"):
+        for name in ("generation_config", "max_length", "streamer", "attention_mask", "custom_generate"):
             if name in options:
                 raise ValueError(f"{name} was given; give max_new_tokens and the other settings by name, or stream.")
+        if "stop_strings" in options:
+            raise ValueError("stop_strings was given; the engine's own is stop=[...], which also cuts the text.")
         most = options.setdefault("max_new_tokens", MAX_NEW_TOKENS)
         if isinstance(most, bool) or not isinstance(most, int) or most < 1:
             raise ValueError(f"max_new_tokens must be a whole number of 1 or more, got {most!r}.")
         longest = max(map(len, prompts))
         options["max_new_tokens"] = min(most, engine.context - longest)
+        least = options.get("min_new_tokens") or 0
+        if least > options["max_new_tokens"]:
+            raise ValueError(
+                f"min_new_tokens={least} is above the {options['max_new_tokens']} tokens there is room for."
+            )
         self.padding, self.arguments = self._prepare(options, longest)
         engine._check(prompts, self.arguments[3])
         self.streams = [TextStream(engine.tokenizer, stop) if engine.tokenizer is not None else None for _ in prompts]
         self.answers = [Generation() for _ in prompts]
         self.pieces = self._run()
-        engine._request = self
+        if not engine._busy.locked():  # or `last` would tell of a request that will be refused
+            engine._request = self
 
     def _prepare(self, options: dict, longest: int):
         """Processors and criteria exactly as `model.generate` makes them."""
@@ -573,7 +614,8 @@ class _Request:
     def _run(self) -> Iterator[list[str]]:
         engine, config = self.engine, self.arguments[3]
         ends = _ends(config.eos_token_id)
-        with engine._claim():
+        with engine.claim():
+            engine._request = self
             open_rows = set(range(len(self.prompts)))
             # Stop strings are ours: they are looked for in the text, which shows what must not be shown.
             passes = engine._passes(self.prompts, *self.arguments, self.generator, reports=self.answers)
@@ -607,7 +649,12 @@ def _is_messages(prompt) -> bool:
 
 
 def _is_batch(prompt) -> bool:
-    if isinstance(prompt, str) or torch.is_tensor(prompt) or _is_messages(prompt):
+    if (
+        not isinstance(prompt, Sequence)
+        or isinstance(prompt, (str, bytes, bytearray))
+        or torch.is_tensor(prompt)
+        or _is_messages(prompt)
+    ):
         return False
     return len(prompt) > 0 and (isinstance(prompt[0], Sequence) or (torch.is_tensor(prompt[0]) and prompt[0].ndim > 0))
 

@@ -72,7 +72,7 @@ def load_planned(
         cache="static",
         draft=_draft_spec(draft, tree_size),
     )
-    device = "cpu" if profile.kind == "cpu" else "cuda"
+    device = _device(profile)
     dtype = DTYPES[plan.dtype]
     if unpacked:
         from ..quantization.export.gptq import load_gptq
@@ -86,6 +86,14 @@ def load_planned(
     folder = _folder(name_or_path, hub)
     prefix = None if folder is None else PrefixCache.load(folder)
     return model, AutoTokenizer.from_pretrained(name_or_path, **hub), prefix, plan
+
+
+def _device(profile: DeviceProfile) -> str:
+    """Of several GPUs the one that `detect` plans for: with most free memory."""
+    if profile.kind == "cpu":
+        return "cpu"
+    free = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
+    return f"cuda:{free.index(max(free))}" if len(free) > 1 else "cuda"
 
 
 def _draft_spec(draft, tree_size: int | None) -> DraftSpec | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import types
 from collections.abc import Callable, Sequence
@@ -61,6 +62,11 @@ def check_model(model: PreTrainedModel) -> None:
             f"this {config.model_type!r} model has cache layers of type {', '.join(others)}; an engine keeps the keys "
             "and values of every token (full attention). Use model.generate."
         )
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "dynamic":
+        raise ValueError(
+            "rope_type='dynamic' changes its factors with the length of a call, which steps of fixed shape do not "
+            "know. Use model.generate."
+        )
     if config._attn_implementation == ATTN_IMPLEMENTATION and not hasattr(config, "infllm_v2"):
         raise ValueError(
             f"attn_implementation='infllm_v2' with a {config.model_type!r} model: only MiniCPM4 keeps compressed keys "
@@ -82,9 +88,12 @@ def _compiled_once(step):
     options = {}
     if version.parse(torch.__version__) >= version.parse("2.8"):
         options["options"] = {
-            "guard_filter_fn": lambda guards: [not guard.name.startswith("L['self']") for guard in guards]
+            "guard_filter_fn": lambda guards: [
+                not re.match(r"(L\['self'\]|self)($|\.|\[)", guard.name) for guard in guards
+            ]
         }
-    # Dynamo keeps programs by code object. Each runner has its own, or it would be given another model's.
+    # Dynamo keeps programs by code object: with one of its own a runner is not given another model's, and none of its
+    # shapes is one too many (Dynamo gives up after eight).
     own = types.FunctionType(step.__func__.__code__.replace(), step.__func__.__globals__, step.__func__.__name__)
     return torch.compile(types.MethodType(own, step.__self__), dynamic=False, **options)
 
@@ -123,14 +132,20 @@ class SlotRunner:
             self.multiple += SLOT_MULTIPLE
         slots = -(-slots // self.multiple) * self.multiple
         self.model, self.device = model, model.get_input_embeddings().weight.device
-        self.cache = SlotCache(config, batch, slots, model.dtype, self.device, self.settings)
+        try:
+            self.cache = SlotCache(config, batch, slots, model.dtype, self.device, self.settings)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            raise ValueError(
+                f"no memory for a cache of {batch} x {slots:,} tokens on {self.device}; take a shorter context, or "
+                "fewer rows (minicpm4 plan says what fits)."
+            ) from error
         self.slots, self.batch, self.tree, self.hidden_layers = slots, batch, tree, tuple(hidden_layers)
         self.lengths = [0] * batch
         self.compile, self.capture = compile, capture
         self._config, self._first_sparse = config, 0
         if self.settings is not None:
             self._first_sparse = self.settings.first_sparse_position(0)
-        self._program = _compiled_once(self._step) if compile else self._step
+        self._programs: dict[tuple, Callable] = {}
         self._graphs: dict[tuple, tuple] = {}
         self._pool = None
         # What a step reads: the same tensors always, as a captured one wants it.
@@ -195,6 +210,12 @@ class SlotRunner:
                 f"the draft gave a tree of {len(tree)} nodes, and this engine was made for {self.tree}; give it a"
                 " larger tree_size, or draft fewer."
             )
+        vocabulary = self._config.vocab_size
+        if len(tree) and not 0 <= min(tree.tokens) <= max(tree.tokens) < vocabulary:
+            raise ValueError(
+                f"the draft gave tokens from {min(tree.tokens)} to {max(tree.tokens)}; the model's lie between 0 and "
+                f"{vocabulary - 1}."
+            )
         # Programs and graphs know one size of tree; eager steps take what comes.
         width = tokens if tokens == 1 or not (self.compile or self.capture) else self.tree + 1
         ids, depths, ancestors = self._input(width, 1)
@@ -242,8 +263,12 @@ class SlotRunner:
         arguments = (*self._input(tokens, rows), self._past[:rows], self._reach[:reach], form)
         with self._slot_attention():
             if self.capture:
-                return self._replay(arguments)
-            return self._compiled(arguments) if self.compile else self._step(*arguments)
+                with torch.cuda.device(self.device):  # streams and graphs are those of the current device
+                    return self._replay(arguments)
+            return self._call(arguments)
+
+    def _call(self, arguments):
+        return self._compiled(arguments) if self.compile else self._step(*arguments)
 
     def _form(self, lengths: list[int], tokens: int, reach: int) -> str:
         """The form of attention that every row of the step can take (`SlotStep`)."""
@@ -272,12 +297,15 @@ class SlotRunner:
 
     def _compiled(self, arguments):
         torch._dynamo.maybe_mark_dynamic(arguments[4], 0)
+        key = (*arguments[0].shape, arguments[5])
+        if key not in self._programs:
+            self._programs[key] = _compiled_once(self._step)
         try:
-            return self._program(*arguments)
+            return self._programs[key](*arguments)
         except torch._dynamo.exc.TorchDynamoException as error:
             # A compiler that is there and does not work: the answer matters more than its speed.
             logger.warning_once(f"Steps could not be compiled and run eagerly: {str(error).strip().splitlines()[0]}")
-            self.compile, self._program = False, self._step
+            self.compile = False
             return self._step(*arguments)
 
     def _replay(self, arguments):
@@ -289,14 +317,14 @@ class SlotRunner:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):
-                    self._compiled(arguments) if self.compile else self._step(*arguments)
+                    self._call(arguments)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             # One pool for all graphs: the results of a step are read before the next one.
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             with torch.cuda.graph(graph, pool=self._pool):
-                output = self._program(*arguments)
+                output = self._call(arguments)
             self._graphs[key] = (graph, output)
         graph, output = self._graphs[key]
         graph.replay()

@@ -47,6 +47,7 @@ def tune_tree(
 
     Raises:
         ValueError: an engine without a draft, or no prompts.
+        RuntimeError: a request of the engine is not finished.
     """
     if engine.draft is None:
         raise ValueError("tune_tree was given an engine without a draft; give the engine one.")
@@ -54,11 +55,11 @@ def tune_tree(
         raise ValueError("tune_tree needs prompts of the kind that will come; give one or more.")
     model, draft = engine.model, engine.draft
     ids = [torch.tensor([engine.encode(prompt)], device=model.device) for prompt in prompts]
-    acceptance = acceptance_by_size(model, draft, ids, max_new_tokens, sizes)
-    seconds = verify_costs(_passes(engine, [0, *sizes], context), [0, *sizes], repeats)
-    return choose_tree_size(
-        acceptance.tokens_per_pass, seconds, draft_cost(model, draft, ids[0], min(max_new_tokens, 16))
-    )
+    with engine.claim():
+        acceptance = acceptance_by_size(model, draft, ids, max_new_tokens, sizes)
+        seconds = verify_costs(_passes(engine, [0, *sizes], context), [0, *sizes], repeats)
+        drafting = draft_cost(model, draft, ids[0], min(max_new_tokens, 16))
+    return choose_tree_size(acceptance.tokens_per_pass, seconds, drafting)
 
 
 def _passes(engine: EdgeEngine, sizes: Sequence[int], context: int):

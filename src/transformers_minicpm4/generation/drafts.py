@@ -61,10 +61,11 @@ class PromptLookupDraft(Draft):
     """
 
     def __init__(self, ngram: int = 3, length: int = 10, branches: int = 1):
-        if min(ngram, length, branches) < 1 or length * branches > MAX_NODES:
+        whole = all(type(number) is int for number in (ngram, length, branches))
+        if not whole or min(ngram, length, branches) < 1 or length * branches > MAX_NODES:
             raise ValueError(
-                f"PromptLookupDraft: ngram, length and branches are 1 or more and length * branches at most "
-                f"{MAX_NODES}; got ngram={ngram}, length={length}, branches={branches}."
+                "PromptLookupDraft: ngram, length and branches are whole numbers of 1 or more, and length * branches "
+                f"at most {MAX_NODES}; got ngram={ngram}, length={length}, branches={branches}."
             )
         self.ngram, self.length, self.branches = ngram, length, branches
         self.size = length * branches

@@ -79,6 +79,9 @@ def train_eagle(
     if len(pieces) < length:
         raise ValueError(f"the rows have {len(pieces)} tokens and one piece needs {length}; give more text.")
     pieces = pieces[: len(pieces) // length * length].reshape(-1, length).long()
+    low, high, vocabulary = pieces.min(), pieces.max(), target.config.vocab_size
+    if low < 0 or high >= vocabulary:
+        raise ValueError(f"rows hold ids from {low} to {high}; the target's lie between 0 and {vocabulary - 1}.")
     if vocabulary_ids is not None:
         vocabulary_ids = check_ids(vocabulary_ids, target.config.vocab_size).to(target.device)
     random = torch.Generator().manual_seed(seed)

@@ -60,6 +60,8 @@ def speculative_decode(
     draft.begin(model)
     target.prefill(input_ids[0].tolist(), getattr(generation_config, "prefill_chunk_size", None), draft)
     ids = input_ids
+    if text_streamer is not None:
+        text_streamer.put(input_ids.cpu())  # as generate does: a streamer may skip it
     for emitted in decode_passes(
         target, draft, input_ids, logits_processor, stopping_criteria, generation_config, generator
     ):
