@@ -13,7 +13,6 @@ Letters: `O` outputs and `I` inputs of a linear layer, `B` rows of the batch, `C
 from __future__ import annotations
 
 import copy
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,7 +20,7 @@ from typing import Any
 
 from ..infllm_v2 import InfLLMv2Config
 from ..infllm_v2.blockwise import CHUNK, DENSE_CHUNK, GATHER_BLOCKS, SCORE_CHUNK
-from ..infllm_v2.slots import SLOT_MULTIPLE, spare_windows
+from ..infllm_v2.slots import slot_multiple, spare_windows
 from ..quantization.bitcpm4.configuration import QUANT_METHOD as BITCPM4
 from ..quantization.bitcpm4.ternary_packing import packed_bytes
 from ..quantization.packing import pack_unit
@@ -298,7 +297,7 @@ def cache_bytes(
     _, groups, size = _heads(config)
     row = batch * groups * size * dtype_bytes  # one layer's keys of one token
     if cache == "static":
-        multiple = SLOT_MULTIPLE if settings is None else math.lcm(SLOT_MULTIPLE, settings.block_size)
+        multiple = slot_multiple(settings)
         tokens = -(-tokens // multiple) * multiple
     if settings is None:
         slots = 0

@@ -25,7 +25,7 @@ from transformers.utils import logging
 from ..generation.draft_tree import DraftTree
 from ..generation.drafts import Draft
 from ..infllm_v2 import ATTN_IMPLEMENTATION
-from ..infllm_v2.slots import SLOT_ATTENTION, SLOT_MULTIPLE, SlotCache, SlotStep, gather_pays
+from ..infllm_v2.slots import SLOT_ATTENTION, SlotCache, SlotStep, gather_pays, slot_multiple
 
 
 logger = logging.get_logger(__name__)
@@ -127,9 +127,7 @@ class SlotRunner:
         check_model(model)
         config = model.config.get_text_config()
         self.settings = config.infllm_v2 if config._attn_implementation == ATTN_IMPLEMENTATION else None
-        self.multiple = SLOT_MULTIPLE
-        while self.settings is not None and self.multiple % self.settings.block_size:
-            self.multiple += SLOT_MULTIPLE
+        self.multiple = slot_multiple(self.settings)
         slots = -(-slots // self.multiple) * self.multiple
         self.model, self.device = model, model.get_input_embeddings().weight.device
         try:
@@ -142,9 +140,8 @@ class SlotRunner:
         self.slots, self.batch, self.tree, self.hidden_layers = slots, batch, tree, tuple(hidden_layers)
         self.lengths = [0] * batch
         self.compile, self.capture = compile, capture
-        self._config, self._first_sparse = config, 0
-        if self.settings is not None:
-            self._first_sparse = self.settings.first_sparse_position(0)
+        self._config = config
+        self._first_sparse = None if self.settings is None else self.settings.first_sparse_position(0)
         self._programs: dict[tuple, Callable] = {}
         self._graphs: dict[tuple, tuple] = {}
         self._pool = None

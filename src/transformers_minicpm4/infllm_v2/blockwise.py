@@ -185,16 +185,31 @@ def _block_scores(query, fine, coarse, span, num_blocks, config):
         weight[..., :blind, :] = 0
 
     step = config.block_size // config.kernel_stride
+    return pool_windows(pad(weight, (0, num_blocks * step - weight.shape[-1])), num_blocks, config)
+
+
+def pool_windows(weight: torch.Tensor, num_blocks: int, config: InfLLMv2Config) -> torch.Tensor:
+    """The largest weight of the windows that overlap each block; `weight` has those of whole blocks, `[..., K]`."""
+    # A block overlaps the windows that start in it and the `before` windows that reach into it.
+    step = config.block_size // config.kernel_stride
     before = (config.kernel_size - 1) // config.kernel_stride
-    padded = pad(weight, (before, num_blocks * step - weight.shape[-1]))
-    best = padded[..., before:].unflatten(-1, (num_blocks, step)).amax(-1)
+    padded = pad(weight, (before, 0))
+    best = weight.unflatten(-1, (num_blocks, step)).amax(-1)
     for shift in range(before):
         best = torch.maximum(best, padded[..., shift::step][..., :num_blocks])
     return best
 
 
+def best_blocks(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count` best of the last axis, bool: everything above the last admitted score, then ties from the left."""
+    least = scores.topk(min(count, scores.shape[-1]), dim=-1).values[..., -1:]
+    above, tied = scores > least, scores == least
+    room = count - above.sum(-1, keepdim=True)
+    return above | (tied & (tied.cumsum(-1) <= room))
+
+
 def _top_blocks(scores, span, config):
-    """`reference.select_blocks` without a sort: everything above the last admitted score, then ties from the left."""
+    """`reference.select_blocks` without a sort."""
     begin, end = span
     scores = scores.clamp_max_(torch.finfo(scores.dtype).max)
     if end - begin == 1:
@@ -211,11 +226,7 @@ def _top_blocks(scores, span, config):
     if config.selected_blocks >= scores.shape[-1]:
         chosen = torch.ones_like(scores, dtype=torch.bool)
     else:
-        least = scores.topk(config.selected_blocks, dim=-1).values[..., -1:]
-        above = scores > least
-        room = config.selected_blocks - above.sum(-1, keepdim=True)
-        tied = scores == least
-        chosen = above | (tied & (tied.cumsum(-1) <= room))
+        chosen = best_blocks(scores, config.selected_blocks)
     return chosen if future is None else chosen & ~future
 
 

@@ -14,12 +14,16 @@ Shape letters: `B` batch, `T` tokens of a step, `N` slots that the step may read
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
+from .blockwise import best_blocks, pool_windows
 from .cache import InfLLMv2CacheLayer
 from .configuration import InfLLMv2Config
+from .reference import visible_windows
 
 
 SLOT_ATTENTION = "slots"
@@ -203,7 +207,7 @@ class SlotStep:
         self.positions = past[:, None] + depths  # [B, T]
         self.slots = past[:, None] + torch.arange(self.tokens, device=device)
         slot = torch.arange(reach.shape[0], device=device)
-        certain = slot < past[:, None]  # [B, N]
+        self._dense_mask = None
         if self.tokens == 1:
             self.visible = (slot <= past[:, None])[:, None]  # [B, 1, N]
         else:
@@ -213,7 +217,7 @@ class SlotStep:
             row = (slot - past[:, None]).clamp(0, self.tokens - 1)  # [B, N]
             behind = (slot >= past[:, None]) & (slot < past[:, None] + self.tokens)
             drafted = on_path[:, row].transpose(0, 1) & behind[:, None]
-            self.visible = certain[:, None] | drafted
+            self.visible = (slot < past[:, None])[:, None] | drafted
 
     @property
     def reach(self) -> int:
@@ -244,7 +248,9 @@ class SlotStep:
             for coarse in (False, True):
                 _compress(layer, self.past, 1, coarse)
         if self.form == "dense":
-            mask = self.visible[:, None]
+            if self._dense_mask is None:  # one for all layers
+                self._dense_mask = _for_group(self.visible[:, None], heads // groups)
+            mask = self._dense_mask
         else:
             chosen = self._select(
                 layer, folded if selection_query is None else selection_query.view_as(folded), scaling
@@ -253,10 +259,10 @@ class SlotStep:
                 return self._gathered(layer, folded, chosen, scaling)
             blocks = torch.arange(self.reach, device=query.device) // layer.settings.block_size
             # A drafted token lies in a slot that is not its position: its block is that of its position.
-            mask = self.visible[:, None] & self._by_slot(chosen, blocks, layer.settings)
+            allowed = self.visible[:, None] & self._by_slot(chosen, blocks, layer.settings)
+            mask = _for_group(allowed, heads // groups)
         keys, values = (memory[:batch, :, : self.reach] for memory in (layer.keys, layer.values))
         # Heads of a group as further queries: each key is read once.
-        mask = mask[:, :, None].expand(-1, -1, heads // groups, -1, -1).flatten(2, 3)
         output = scaled_dot_product_attention(folded.flatten(2, 3), keys, values, attn_mask=mask, scale=scaling)
         return output.view(batch, heads, tokens, size).transpose(1, 2)
 
@@ -299,27 +305,15 @@ class SlotStep:
         weight = self._window_logits(layer, query, coarse=False)
         weight = torch.where(sees_any, (weight - normaliser.nan_to_num(0, 0, 0)).exp(), 0).sum(2)  # [B, G, T, K]
 
-        # Block b overlaps the windows that start in it and the `before` windows that reach into it.
-        step = settings.block_size // settings.kernel_stride
-        before = (settings.kernel_size - 1) // settings.kernel_stride
-        padded = pad(weight, (before, 0))
         blocks = self.reach // settings.block_size
-        scores = padded[..., before:].unflatten(-1, (blocks, step)).amax(-1)
-        for shift in range(before):
-            scores = torch.maximum(scores, padded[..., shift::step][..., :blocks])
-
+        scores = pool_windows(weight, blocks, settings)
         block = torch.arange(blocks, device=query.device)
         own = (self.positions // settings.block_size)[:, None, :, None]  # [B, 1, T, 1]
         forced = (block < settings.init_blocks) | (block >= own - settings.window_blocks)
         future = block > own
         scores = scores.clamp_max(torch.finfo(dtype).max)
         scores = scores.masked_fill(forced, torch.inf).masked_fill(future, -torch.inf)
-        # Everything above the last admitted score, then ties from the left.
-        least = scores.topk(min(settings.selected_blocks, blocks), dim=-1).values[..., -1:]
-        above = scores > least
-        tied = scores == least
-        room = settings.selected_blocks - above.sum(-1, keepdim=True)
-        chosen = (above | (tied & (tied.cumsum(-1) <= room))) & ~future
+        chosen = best_blocks(scores, settings.selected_blocks) & ~future
         if self.form == "gathered":
             return chosen
         # Tokens before the switch read everything they see.
@@ -334,11 +328,11 @@ class SlotStep:
         stored = (layer.coarse if coarse else layer.fine)[: self.rows, :, :count].to(query.dtype)
         batch, groups, heads, tokens, features = query.shape
         logits = (query.flatten(2, 3) @ stored.mT).unflatten(2, (heads, tokens))
-        seen = _complete(self.positions + 1, size, stride)  # [B, T]
+        seen = visible_windows(self.positions, size, stride)  # [B, T]
         window = torch.arange(count, device=query.device)
         if tokens > 1:
             # Windows that reach into the drafted part differ from path to path and are not stored.
-            first = _complete(self.past, size, stride)
+            first = visible_windows(self.past - 1, size, stride)
             new = first[:, None] + torch.arange(_completable(tokens, stride), device=query.device)  # [B, E]
             position = new[..., None] * stride + torch.arange(size, device=query.device)  # [B, E, size]
             slots = self._slot_of(position.flatten(1)[:, None].expand(-1, tokens, -1))  # [B, T, E * size]
@@ -372,14 +366,19 @@ class SlotStep:
         return output.view(batch, groups, tokens, heads, size).permute(0, 2, 1, 3, 4).flatten(2, 3)
 
 
+def _for_group(mask: torch.Tensor, heads: int) -> torch.Tensor:
+    """A mask `[B, G or 1, T, N]` for the queries of all heads of a group: `[B, G or 1, R * T, N]`."""
+    return mask[:, :, None].expand(-1, -1, heads, -1, -1).flatten(2, 3)
+
+
+def slot_multiple(settings: InfLLMv2Config | None) -> int:
+    """Slots come in whole multiples of this: whole blocks, in sparse mode."""
+    return SLOT_MULTIPLE if settings is None else math.lcm(SLOT_MULTIPLE, settings.block_size)
+
+
 def gather_pays(settings: InfLLMv2Config, tokens: int, reach: int) -> bool:
     """Whether a step of `tokens` tokens over `reach` slots should pick its blocks rather than mask the others."""
     return reach > GATHER_GAIN * tokens * settings.selected_blocks * settings.block_size
-
-
-def _complete(length: torch.Tensor, size: int, stride: int) -> torch.Tensor:
-    """Windows that are complete in `length` tokens."""
-    return ((length - size).div(stride, rounding_mode="floor") + 1).clamp_min(0)
 
 
 def _completable(tokens: int, stride: int) -> int:
@@ -391,7 +390,7 @@ def _compress(layer: SlotLayer, begin: torch.Tensor, tokens: int, coarse: bool) 
     # Also windows that are not complete yet are written: nobody reads them, and they are written again.
     size, stride = layer.settings.windows(coarse)
     memory = layer.coarse if coarse else layer.fine
-    first = _complete(begin, size, stride)
+    first = visible_windows(begin - 1, size, stride)
     window = first[:, None] + torch.arange(_completable(tokens, stride), device=begin.device)  # [B, E]
     slots = (window[..., None] * stride + torch.arange(size, device=begin.device)).flatten(1)
     slots = slots.clamp_max(layer.slots - 1)[:, None].expand(-1, memory.shape[1], -1)
