@@ -67,15 +67,15 @@ def compare(args: argparse.Namespace, text: str):
     from transformers import AutoTokenizer
 
     from transformers_minicpm4.edge.alignment import align
-    from transformers_minicpm4.edge.executors import open_executor
+    from transformers_minicpm4.edge.executors import open_executor, runtime_of
     from transformers_minicpm4.edge.trace import trace
 
     places = (args.first, args.second)
-    source = args.tokenizer or next((place for place in places if not place.endswith(".gguf")), None)
+    source = args.tokenizer or next((place for place in places if runtime_of(place) != "gguf"), None)
     if source is None:
         raise UserError("two .gguf files were given; say whose tokenizer reads the text with --tokenizer FOLDER")
     token_ids = AutoTokenizer.from_pretrained(source)(text[: 32 * args.tokens])["input_ids"][: args.tokens]
-    checkpoints = [is_checkpoint(place) for place in places]
+    checkpoints = [runtime_of(place) == "torch" for place in places]
     names = [Path(place).name for place in places]
     if names[0] == names[1]:
         names = list(places)
@@ -95,7 +95,3 @@ def compare(args: argparse.Namespace, text: str):
             for place, name, checkpoint in zip(places, names, checkpoints)
         ]
         return align(*executors, token_ids, top=args.top)
-
-
-def is_checkpoint(place: str) -> bool:
-    return not place.endswith(".gguf") and not (Path(place) / "openvino_model.xml").is_file()

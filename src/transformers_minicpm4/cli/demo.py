@@ -131,7 +131,7 @@ def demonstrate(args) -> int:
     print_table(dense, sparse, document_blocks, asked[-1][1], settings)
     say("\nthe same model in the edge engine (a few seconds)")
     dense.switch()
-    demo_engine.show_engine(model, tokenizer, prompts.text, args.compile)
+    demo_engine.show_engine(model, tokenizer, prompts.text, args.compile, make_column(tokenizer, None))
     if args.plot:
         print(blocks_plot.draw(args.plot, recorder.layer, settings, document_blocks, asked))
     if not any(question.answer for question in prompts.questions):

@@ -1,6 +1,6 @@
 """The end of `minicpm4 demo`: one task by `generate`, by the edge engine, and by the engine with a draft."""
 
-from time import perf_counter
+from .generate import stop_tokens
 
 
 # A sentence of the text, which the model is asked to repeat: what a draft that copies is made for.
@@ -8,8 +8,8 @@ SENTENCE_TOKENS = 64
 TASK = "Repeat the following text word for word.\n\n{text}"
 
 
-def show_engine(model, tokenizer, text: str, compile: bool) -> None:
-    """Three rows: tokens a second, tokens a pass, and whether the tokens are the same."""
+def show_engine(model, tokenizer, text: str, compile: bool, clock) -> None:
+    """Three rows: tokens a second, tokens a pass, and whether the tokens are the same. `clock`: a silent streamer."""
     from transformers_minicpm4.edge.engine import EdgeEngine
     from transformers_minicpm4.generation.drafts import PromptLookupDraft
 
@@ -24,7 +24,7 @@ def show_engine(model, tokenizer, text: str, compile: bool) -> None:
     for engine in (plain, drafting):
         engine.generate(ids[:-1], max_new_tokens=12 if compile else 1)  # programs are compiled outside the clock
         engine.reset()
-    rate, expected = generate_rate(model, plain, ids, options)
+    rate, expected = generate_rate(model, tokenizer, ids, options, clock)
     beginning = " ".join(part.split())[:28]
     print(f'\nthe edge engine, asked to repeat {SENTENCE_TOKENS} tokens of the text ("{beginning} ..."):')
     print(f"{'':32}{'tokens/s':>12}{'a pass':>12}")
@@ -37,22 +37,12 @@ def show_engine(model, tokenizer, text: str, compile: bool) -> None:
         print(f"{label:32}{answer.tokens_per_second:>12,.1f}{yielded:>12.2f}  {same}")
 
 
-def generate_rate(model, engine, ids, options) -> tuple[float, list[int]]:
+def generate_rate(model, tokenizer, ids, options, clock) -> tuple[float, list[int]]:
     """Tokens a second of `generate` while it writes, the prompt's time left out, and the tokens."""
     import torch
-    from transformers.generation.streamers import BaseStreamer
 
-    class Clock(BaseStreamer):
-        times = ()
-
-        def put(self, value):
-            self.times = (*self.times, perf_counter())
-
-        def end(self): ...
-
-    clock = Clock()
     prompt = torch.tensor([ids], device=model.device)
-    stop = sorted({engine.tokenizer.eos_token_id, *_ids(model.generation_config.eos_token_id)} - {None})
+    stop = stop_tokens(model, tokenizer)
     output = model.generate(
         prompt, attention_mask=torch.ones_like(prompt), do_sample=False, eos_token_id=stop, pad_token_id=stop[0],
         streamer=clock, **options,
@@ -62,7 +52,3 @@ def generate_rate(model, engine, ids, options) -> tuple[float, list[int]]:
     if len(tokens) < 2:
         return 0.0, tokens
     return (len(tokens) - 1) / (clock.times[-1] - clock.times[1]), tokens
-
-
-def _ids(token_ids) -> list[int]:
-    return [] if token_ids is None else [token_ids] if isinstance(token_ids, int) else list(token_ids)

@@ -187,8 +187,9 @@ class Prompts:
         self.text, self.source, self.questions = document.text, document.source, document.questions
         self.before, self.after = self.render(self.text)
         self.prefix = self.before + self.text + "\n\n"
-        starts_with_bos = tokenizer.bos_token is not None and self.prefix.startswith(tokenizer.bos_token)
-        self.document_ids = tokenizer(self.prefix, add_special_tokens=not starts_with_bos, verbose=False)["input_ids"]
+        from transformers_minicpm4.generation.chat import encode_rendered
+
+        self.document_ids = encode_rendered(tokenizer, self.prefix)["input_ids"]
         longest = max(len(self.question_ids(question)) for question in self.questions)
         needed = longest + max(args.max_new_tokens, at_least)
         if len(self.document_ids) + needed > self.limit:

@@ -188,7 +188,7 @@ def target(model: str) -> tuple:
     """Tokenizer, size of the vocabulary and end-of-text ids, from a checkpoint or from a tokenizer alone."""
     from transformers import GenerationConfig, PreTrainedConfig
 
-    import transformers_minicpm4  # noqa: F401 - registers the architecture
+    from transformers_minicpm4.generation.chat import as_ids  # its package registers the architecture
 
     from .generate import load_tokenizer
 
@@ -210,8 +210,8 @@ def target(model: str) -> tuple:
 
     config = read("config.json", lambda place: PreTrainedConfig.get_config_dict(place)[0]) or {}
     generation = read("generation_config.json", GenerationConfig.from_pretrained)
-    eos = {*as_list(tokenizer.eos_token_id), *as_list(config.get("eos_token_id"))}
-    eos |= set(as_list(generation.eos_token_id)) if generation is not None else set()
+    eos = {*as_ids(tokenizer.eos_token_id), *as_ids(config.get("eos_token_id"))}
+    eos |= set(as_ids(generation.eos_token_id)) if generation is not None else set()
     if not eos:
         print("minicpm4 fr-spec: no end of text is named by the model; give its id with --eos", file=sys.stderr)
     if "vocab_size" not in config:
@@ -221,10 +221,6 @@ def target(model: str) -> tuple:
             file=sys.stderr,
         )
     return tokenizer, config.get("vocab_size", len(tokenizer)), sorted(eos)
-
-
-def as_list(ids) -> list[int]:
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 def texts(given: str, column: str) -> Iterator:

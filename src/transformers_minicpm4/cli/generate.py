@@ -226,14 +226,15 @@ def encode(tokenizer, prompt: str, args):
             f"The tokenizer of {args.model!r} has no chat template; use --raw, or store one: "
             'tokenizer.chat_template = transformers_minicpm4.generation.chat_template("minicpm4").'
         )
+    from transformers_minicpm4.generation.chat import encode_rendered
+
     if args.raw or tokenizer.chat_template is None:
         return tokenizer(prompt, return_tensors="pt", verbose=False)
     switch = {"enable_thinking": False} if args.no_thinking else {}
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, **switch
     )
-    starts_with_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    return tokenizer(text, return_tensors="pt", add_special_tokens=not starts_with_bos, verbose=False)
+    return encode_rendered(tokenizer, text, return_tensors="pt")
 
 
 def room_for_answer(num_prompt_tokens: int, max_new_tokens: int, config) -> int:
@@ -266,14 +267,13 @@ def with_prefix(model, inputs, folder: Path) -> dict:
 
 
 def load_model(args, config, attn_implementation: str | None, device):
-    import importlib.util
-
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    quantization = getattr(config, "quantization_config", None) or {}
-    if quantization.get("quant_method") == "gptq" and importlib.util.find_spec("gptqmodel") is None:
+    from transformers_minicpm4.edge.loading import gptq_is_unpacked
+
+    if gptq_is_unpacked(config):
         from transformers_minicpm4.quantization.export.gptq import load_gptq
 
         print("gptqmodel is not installed: the INT4 weights are unpacked into dense ones.", file=sys.stderr)
@@ -372,8 +372,9 @@ def sampling_options(args) -> dict[str, float]:
 
 def stop_tokens(model, tokenizer) -> list[int] | None:
     """The model's end tokens and the tokenizer's: a configuration that lacks `<|im_end|>` would talk on."""
-    ids = model.generation_config.eos_token_id
-    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    from transformers_minicpm4.generation.chat import as_ids
+
+    ids = as_ids(model.generation_config.eos_token_id)
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
         ids.append(tokenizer.eos_token_id)
     return ids or None

@@ -9,6 +9,7 @@ from .generate import attention_that_ran, load_model, rate, sampling_options, st
 
 # Tokens that a smaller model guesses ahead.
 DRAFT_DEPTH = 4
+COMPILING = "[the first steps are compiled, which takes up to a minute or two: --no-compile]"
 
 
 def answer_with_engine(args, config, attn_implementation, device, tokenizer, inputs, max_new_tokens, folder) -> None:
@@ -26,11 +27,7 @@ def answer_with_engine(args, config, attn_implementation, device, tokenizer, inp
     held = len(ids) + max_new_tokens + (0 if prefix is None else len(prefix.token_ids))
     plan = make_plan(args, config, attn_implementation, device, held, kind)
     if plan is not None:
-        print(
-            f"[plan for {plan.device.name}: {plan.total_bytes / 1e9:.2f} GB of {plan.budget_bytes / 1e9:.2f} GB, "
-            f"{plan.precision}, {held:,} tokens]",
-            file=sys.stderr,
-        )
+        print(plan_line(plan), file=sys.stderr)
     model = load_model(args, config, attn_implementation, device)
     try:
         engine = EdgeEngine(
@@ -43,7 +40,7 @@ def answer_with_engine(args, config, attn_implementation, device, tokenizer, inp
             plan=plan,
         )
         if engine.compiles:
-            print("[the first steps are compiled, which takes up to a minute or two: --no-compile]", file=sys.stderr)
+            print(COMPILING, file=sys.stderr)
         sampling = sampling_options(args)
         pieces = engine.stream(
             ids,
@@ -60,6 +57,13 @@ def answer_with_engine(args, config, attn_implementation, device, tokenizer, inp
         print(piece, end="", flush=True)
     print()
     print(f"[{closing_line(engine, model)}]", file=sys.stderr)
+
+
+def plan_line(plan) -> str:
+    return (
+        f"[plan for {plan.device.name}: {plan.total_bytes / 1e9:.2f} GB of {plan.budget_bytes / 1e9:.2f} GB, "
+        f"{plan.precision}, {plan.context:,} tokens]"
+    )
 
 
 def make_plan(args, config, attn_implementation, device, tokens: int, kind: str | None):

@@ -91,9 +91,9 @@ def export(args: argparse.Namespace) -> None:
     refuse_missing(args.model)
     from transformers import AutoConfig, AutoTokenizer
 
-    found = getattr(AutoConfig.from_pretrained(args.model), "quantization_config", None) or {}
-    method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
-    method = getattr(method, "value", method)
+    from transformers_minicpm4.quantization.export.checkpoint_files import quantized_by
+
+    method = quantized_by(AutoConfig.from_pretrained(args.model))
     gguf_options = {"float_type": args.float_type, "quantization": args.type, "tokenizer_pre": args.tokenizer_pre}
     if method == "gptq" and args.to == "gguf":
         from transformers_minicpm4.quantization.export.gguf import gptq_to_gguf

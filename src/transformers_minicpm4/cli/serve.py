@@ -120,6 +120,7 @@ def load(args):
 
     from .checkpoint import load_config, read_headers
     from .describe import context_length
+    from .generate_edge import COMPILING, plan_line
 
     config = load_config(args.model)  # says in one sentence what is wrong with a name or a folder
     limit = context_length(config)
@@ -138,14 +139,9 @@ def load(args):
         )
     except (DoesNotFit, OSError, ValueError) as error:
         raise UserError(one_line(error)) from error
-    plan = engine.plan
-    print(
-        f"[plan for {plan.device.name}: {plan.total_bytes / 1e9:.2f} GB of {plan.budget_bytes / 1e9:.2f} GB, "
-        f"{plan.precision}, {plan.context:,} tokens]",
-        file=sys.stderr,
-    )
+    print(plan_line(engine.plan), file=sys.stderr)
     if engine.compiles:
-        print("[the first steps are compiled, which takes up to a minute or two: --no-compile]", file=sys.stderr)
+        print(COMPILING, file=sys.stderr)
     return engine
 
 

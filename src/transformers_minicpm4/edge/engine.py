@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
+from ..generation.chat import as_ids, encode_rendered, end_ids
 from ..generation.draft_tree import MAX_NODES
 from ..generation.drafts import Draft
 from ..generation.speculative import decode_passes
@@ -109,14 +110,13 @@ class EdgeEngine:
                 raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}.")
         if context > limit:
             logger.warning(f"A context of {context:,} tokens is beyond the {limit:,} that the model is meant for.")
-        if draft is not None:
-            _check_draft(draft)
         if draft is None:
             tree_size = 0
-        elif tree_size is None:
-            tree_size = draft.size
-        if draft is not None and (type(tree_size) is not int or not 1 <= tree_size <= MAX_NODES):
-            raise ValueError(f"tree_size must be a whole number of 1 to {MAX_NODES} nodes, got {tree_size!r}.")
+        else:
+            _check_draft(draft)
+            tree_size = draft.size if tree_size is None else tree_size
+            if type(tree_size) is not int or not 1 <= tree_size <= MAX_NODES:
+                raise ValueError(f"tree_size must be a whole number of 1 to {MAX_NODES} nodes, got {tree_size!r}.")
         device = model.get_input_embeddings().weight.device
         if compile is None or compile:
             reason = compiler_missing(device)
@@ -320,8 +320,7 @@ class EdgeEngine:
                 f"the chat template cannot write these messages ({type(error).__name__}: {error}); each needs a role "
                 "and a text as content."
             ) from error
-        begun = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
-        return list(self.tokenizer(_valid(text), add_special_tokens=not begun, verbose=False)["input_ids"])
+        return list(encode_rendered(self.tokenizer, _valid(text))["input_ids"])
 
     def reset(self) -> None:
         """
@@ -578,7 +577,7 @@ class _Request:
             raise ValueError(
                 f"min_new_tokens={least} is above the {options['max_new_tokens']} tokens there is room for."
             )
-        self.padding, self.arguments = self._prepare(options, longest)
+        self.arguments = self._prepare(options, longest)
         engine._check(prompts, self.arguments[3])
         self.streams = [TextStream(engine.tokenizer, stop) if engine.tokenizer is not None else None for _ in prompts]
         self.answers = [Generation() for _ in prompts]
@@ -589,13 +588,10 @@ class _Request:
     def _prepare(self, options: dict, longest: int):
         """Processors and criteria exactly as `model.generate` makes them."""
         model = self.engine.model
-        ends = _ends(model.generation_config.eos_token_id)
-        if self.engine.tokenizer is not None and self.engine.tokenizer.eos_token_id is not None:
-            ends |= {self.engine.tokenizer.eos_token_id}
-        options.setdefault("eos_token_id", sorted(ends) or None)
+        options.setdefault("eos_token_id", end_ids(model, self.engine.tokenizer) or None)
         padding = options.get("pad_token_id", model.generation_config.pad_token_id)
         if padding is None:
-            padding = min(_ends(options["eos_token_id"]) or {0})
+            padding = min(as_ids(options["eos_token_id"]), default=0)
         options["pad_token_id"] = padding
         options.setdefault("do_sample", False)
         device = self.engine._runner.device
@@ -609,11 +605,11 @@ class _Request:
             return input_ids
 
         model.generate(ids, attention_mask=torch.tensor(mask, device=device), custom_generate=capture, **options)
-        return padding, prepared["arguments"]
+        return prepared["arguments"]
 
     def _run(self) -> Iterator[list[str]]:
         engine, config = self.engine, self.arguments[3]
-        ends = _ends(config.eos_token_id)
+        ends = set(as_ids(config.eos_token_id))
         with engine.claim():
             engine._request = self
             open_rows = set(range(len(self.prompts)))
@@ -686,17 +682,9 @@ def _valid(text: str) -> str:
     return text
 
 
-def _ends(token_ids) -> set[int]:
-    if token_ids is None:
-        return set()
-    if torch.is_tensor(token_ids):
-        token_ids = token_ids.flatten().tolist()
-    return {token_ids} if isinstance(token_ids, int) else set(token_ids)
-
-
 def _padding(config: GenerationConfig | None) -> int:
     padding = getattr(config, "pad_token_id", None)
-    return min(_ends(getattr(config, "eos_token_id", None)) or {0}) if padding is None else padding
+    return min(as_ids(getattr(config, "eos_token_id", None)), default=0) if padding is None else padding
 
 
 def _unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:

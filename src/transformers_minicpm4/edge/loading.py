@@ -14,6 +14,7 @@ from ..generation.draft_tree import MAX_NODES
 from ..generation.drafts import Draft
 from ..infllm_v2 import ATTN_IMPLEMENTATION
 from ..model.prefix_cache import FILE_NAME, PrefixCache
+from ..quantization.export.checkpoint_files import quantized_by
 from .device_profile import DeviceProfile, detect
 from .memory_plan import MIN_CONTEXT, DoesNotFit, DraftSpec, MemoryPlan, PlanError, plan_memory
 
@@ -54,7 +55,7 @@ def load_planned(
             "shrink a checkpoint, quantize it first (optimum-cli minicpm4 quantize, or ternarize)."
         )
     config = AutoConfig.from_pretrained(name_or_path, **hub)
-    unpacked = _gptq_is_unpacked(config)
+    unpacked = gptq_is_unpacked(config)
     planned = copy.deepcopy(config) if unpacked else config
     if unpacked:
         del planned.quantization_config
@@ -105,13 +106,11 @@ def _draft_spec(draft, tree_size: int | None) -> DraftSpec | None:
     return DraftSpec(kind="eagle", vocabulary=None, tree_size=max(tree_size or MAX_NODES, 2))
 
 
-def _gptq_is_unpacked(config) -> bool:
+def gptq_is_unpacked(config) -> bool:
     """Whether there is nothing here that multiplies by INT4 weights."""
     import importlib.util
 
-    quantization = getattr(config, "quantization_config", None) or {}
-    fields = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    return fields.get("quant_method") == "gptq" and importlib.util.find_spec("gptqmodel") is None
+    return quantized_by(config) == "gptq" and importlib.util.find_spec("gptqmodel") is None
 
 
 def _precisions(config, profile: DeviceProfile, precision: str | None) -> list[str | None]:

@@ -19,6 +19,7 @@ import time
 import uuid
 from collections.abc import Callable
 
+from ..generation.chat import end_ids
 from ..generation.constrained import ConstrainedLogitsProcessor, Grammar
 from .engine import EdgeEngine
 from .server_line import Done, Job, Line
@@ -44,9 +45,7 @@ class ChatServer:
         self.begun = int(time.time())
         # Prompts are made one at a time, in the order in which they came.
         self.preparing = asyncio.Lock()
-        ends = engine.model.generation_config.eos_token_id
-        ends = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
-        self.ends = sorted(ends | {engine.tokenizer.eos_token_id} - {None})
+        self.ends = end_ids(engine.model, engine.tokenizer)
 
     def prepare(self, request: ChatRequest, job: Job) -> None:
         """

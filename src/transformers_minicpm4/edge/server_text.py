@@ -8,6 +8,7 @@ import contextlib
 import json
 import re
 
+from ..generation.chat import encode_rendered
 from ..generation.responses import THOUGHTS, ContentDelta, ResponseError, ResponseStream, ThinkingDelta
 from ..generation.text_stream import TextStream
 from ..generation.tool_calls import CALL_END, CALL_START, ToolCall, render_tool_calls
@@ -75,9 +76,7 @@ class PromptMaker:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise ApiError("the messages or tools hold half a surrogate pair, no character.", "messages") from error
-        begun = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
-        ids = self.tokenizer(text, add_special_tokens=not begun, verbose=False)["input_ids"]
-        ids = self.engine.encode(ids)
+        ids = self.engine.encode(encode_rendered(self.tokenizer, text)["input_ids"])
         if len(ids) >= self.engine.context:
             raise ApiError(
                 f"the prompt has {len(ids):,} tokens and this server's context is {self.engine.context:,}, of which "

@@ -12,8 +12,15 @@ from collections.abc import Sequence
 
 import torch
 
-from ..generation.draft_tree import DraftTree
-from ..generation.tree_size import TreeSizeChoice, acceptance_by_size, choose_tree_size, draft_cost, verify_costs
+from ..generation.tree_size import (
+    TreeSizeChoice,
+    acceptance_by_size,
+    binary_tree,
+    choose_tree_size,
+    draft_cost,
+    verify_costs,
+    wait_for,
+)
 from .engine import EdgeEngine
 from .runner import SlotRunner
 
@@ -75,10 +82,9 @@ def _passes(engine: EdgeEngine, sizes: Sequence[int], context: int):
 
     def verify(size: int) -> None:
         runner = runners[size]
-        # A binary tree: with full attention its form does not change the cost.
-        runner.verify(ids[0], DraftTree((0,) * size, tuple(node // 2 - 1 for node in range(size))))
+        # With full attention the form of the tree does not change the cost.
+        runner.verify(ids[0], binary_tree(size))
         runner.lengths[0] = context
-        if runner.device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(runner.device)
 
     return verify

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from .chat import as_ids
 from .grammar import Grammar, _matcher
 
 
@@ -55,8 +56,7 @@ class ConstrainedLogitsProcessor(LogitsProcessor):
         if prompt_length is not None and prompt_length < 0:
             raise ValueError(f"prompt_length is 0 or more tokens, got {prompt_length}.")
         eos = tokenizer.eos_token_id if eos_token_id is None else eos_token_id
-        eos = [] if eos is None else eos if isinstance(eos, Iterable) else [eos]
-        self.eos_token_ids = sorted({int(token) for token in eos})
+        self.eos_token_ids = sorted(set(as_ids(eos)))
         if not self.eos_token_ids or self.eos_token_ids[0] < 0:
             raise ValueError(
                 f"constrained text needs token ids that end it, got {eos!r}; pass eos_token_id="

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from .draft_tree import MAX_NODES, DraftTree, grow_tree
+from .draft_tree import MAX_NODES, NO_TREE, DraftTree, grow_tree
 
 
 class Draft:
@@ -88,7 +88,7 @@ class PromptLookupDraft(Draft):
                 return DraftTree.from_chains(
                     [token_ids[place : place + length] for place in reversed(places[-self.branches :])]
                 )
-        return DraftTree((), ())
+        return NO_TREE
 
 
 class ModelDraft(Draft):

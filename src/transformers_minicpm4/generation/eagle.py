@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .draft_tree import MAX_NODES, DraftTree, grow_tree
+from .draft_tree import MAX_NODES, NO_TREE, DraftTree, grow_tree
 from .drafts import Draft, TreeRows
 from .eagle_head import (
     Eagle3Head,
@@ -102,7 +102,7 @@ class _TrainedDraft(Draft):
                 "have observed all but the last one; call `begin` for a new text."
             )
         if not self._text:
-            return DraftTree((), ())
+            return NO_TREE
         self._read(token_ids)
         certain = self._rows.length
         keys, values, _ = self._rows.view()

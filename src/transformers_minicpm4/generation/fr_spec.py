@@ -23,6 +23,8 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from .chat import as_ids
+
 
 @dataclass(frozen=True)
 class Coverage:
@@ -340,13 +342,6 @@ def kept_ids(tokenizer, vocab_size: int, eos_token_id: int | Sequence[int] | Non
     """
     own = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     return {*(token for token in own if token < vocab_size), *as_ids(eos_token_id)}
-
-
-def as_ids(eos_token_id: int | Sequence[int] | None) -> list[int]:
-    """`generation_config.eos_token_id` in one form."""
-    if eos_token_id is None:
-        return []
-    return [eos_token_id] if isinstance(eos_token_id, int) else [int(token) for token in eos_token_id]
 
 
 def tokenizer_fingerprint(tokenizer) -> str:

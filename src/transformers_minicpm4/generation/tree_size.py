@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from .draft_tree import MAX_NODES, ROOT, DraftTree
+from .draft_tree import MAX_NODES, NO_TREE, ROOT, DraftTree
 from .drafts import Draft
 from .speculative import _Target, speculative_decode
 
@@ -100,7 +100,7 @@ def replay(text: Sequence[int], begin: int, trees: Mapping[int, DraftTree], size
     """
     passes, place = 0, begin
     while place < len(text):
-        tree = trees[place].likeliest(size) if place in trees else DraftTree((), ())
+        tree = trees[place].likeliest(size) if place in trees else NO_TREE
         node = ROOT
         while place < len(text):
             node = tree.children(node).get(text[place])
@@ -134,7 +134,7 @@ class _EveryPlace(_Around):
 
     def propose(self, token_ids: list[int], limit: int) -> DraftTree:
         self.trees[len(token_ids)] = self.draft.propose(token_ids, limit)
-        return DraftTree((), ())
+        return NO_TREE
 
 
 # --- Seconds ---------------------------------------------------------------------------------------------------------
@@ -170,6 +170,12 @@ def verify_costs(verify: Callable[[int], object], sizes: Sequence[int], repeats:
     return {size: statistics.median(found) for size, found in seconds.items()}
 
 
+def binary_tree(size: int) -> DraftTree:
+    """A tree to time passes with, in which every node has two children; its first nodes are its likeliest."""
+    nodes = range(size)
+    return DraftTree((0,) * size, tuple(node // 2 - 1 for node in nodes), tuple(-node for node in nodes))
+
+
 @torch.no_grad()
 def verify_pass(model: PreTrainedModel, context: int, tree: DraftTree | None = None) -> Callable[[int], None]:
     """
@@ -187,8 +193,7 @@ def verify_pass(model: PreTrainedModel, context: int, tree: DraftTree | None = N
     if context < 1:
         raise ValueError(f"context={context} was given; the cache must hold 1 token or more.")
     if tree is None:
-        nodes = range(MAX_NODES)
-        tree = DraftTree((0,) * MAX_NODES, tuple(node // 2 - 1 for node in nodes), tuple(-node for node in nodes))
+        tree = binary_tree(MAX_NODES)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (context + 1,), generator=generator).tolist()
     target = _Target(model, DynamicCache(config=model.config), ())
@@ -203,7 +208,7 @@ def verify_pass(model: PreTrainedModel, context: int, tree: DraftTree | None = N
         target.verify(ids[-1], tree.likeliest(size))
         target.keep([0])
         target.cache.crop(-1)
-        _wait(model.device)
+        wait_for(model.device)
 
     return verify
 
@@ -250,14 +255,14 @@ class _Timed(_Around):
             self.seconds[-1] += seconds
 
     def _time(self, function: Callable, *arguments):
-        _wait(self._device)
+        wait_for(self._device)
         begin = time.perf_counter()
         result = function(*arguments)
-        _wait(self._device)
+        wait_for(self._device)
         return result, time.perf_counter() - begin
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
     """Kernels that were queued end before a clock is read."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize(device)

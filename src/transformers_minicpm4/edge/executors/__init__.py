@@ -9,6 +9,13 @@ from ..trace import Trace
 from .protocol import CALLS, CallNotOffered, Executor, Scores
 
 
+def runtime_of(path: str | os.PathLike) -> str:
+    """`"gguf"`, `"openvino"` or `"torch"`: what opens what lies at `path`."""
+    if Path(path).suffix == ".gguf":
+        return "gguf"
+    return "openvino" if (Path(path) / "openvino_model.xml").is_file() else "torch"
+
+
 def open_executor(
     path: str | os.PathLike, context: int = 2048, trace: Trace | None = None, name: str | None = None, **options
 ) -> Executor:
@@ -20,19 +27,18 @@ def open_executor(
         ImportError: the runtime is not installed.
         ValueError: a file that its runtime does not take, or `options` with another runtime than PyTorch.
     """
-    place = Path(path)
-    other = None
-    if place.suffix == ".gguf":
-        from .gguf_executor import GGUFExecutor as other
-    elif (place / "openvino_model.xml").is_file():
-        from .openvino_executor import OpenVINOExecutor as other
-    if other is None:
+    runtime = runtime_of(path)
+    if runtime == "torch":
         from .torch_executor import TorchExecutor
 
         return TorchExecutor.open(path, context, name=name, trace=trace, **options)
+    if runtime == "gguf":
+        from .gguf_executor import GGUFExecutor as other
+    else:
+        from .openvino_executor import OpenVINOExecutor as other
     if options:
         raise ValueError(f"{', '.join(options)}: options of PyTorch, which {path} is not for.")
     return other(path, context, trace=trace, **({} if name is None else {"name": name}))
 
 
-__all__ = ["CALLS", "CallNotOffered", "Executor", "Scores", "open_executor"]
+__all__ = ["CALLS", "CallNotOffered", "Executor", "Scores", "open_executor", "runtime_of"]

@@ -241,6 +241,7 @@ def export_gguf(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from ...quantization.bitcpm4.quantizer import PackedWeights
+    from ...quantization.export.checkpoint_files import quantized_by
     from ...quantization.export.gguf import gptq_to_gguf, save_gguf
 
     if type not in TYPES:
@@ -281,11 +282,4 @@ def tokenizer_of(source: str | os.PathLike):
     return own_tokenizer(source)
 
 
-def quantized_by(config) -> str | None:
-    """The name of a checkpoint's quantization; `None` for plain weights."""
-    found = getattr(config, "quantization_config", None) or {}
-    method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
-    return getattr(method, "value", method)
-
-
-__all__ = ["TYPES", "GGUFExecutor", "export_gguf", "quantized_by"]
+__all__ = ["TYPES", "GGUFExecutor", "export_gguf"]

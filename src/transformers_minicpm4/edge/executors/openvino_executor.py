@@ -20,10 +20,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ...quantization.bitcpm4.packed_linear import TernaryLinear
-from ...quantization.export.checkpoint_files import new_folder
+from ...quantization.export.checkpoint_files import new_folder, quantized_by
 from ..runner import check_model
 from ..trace import Trace
-from .gguf_executor import quantized_by, tokenizer_of
+from .gguf_executor import tokenizer_of
 from .protocol import Executor, Scores
 
 

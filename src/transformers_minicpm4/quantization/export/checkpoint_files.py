@@ -84,6 +84,13 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def quantized_by(config) -> str | None:
+    """The name of a checkpoint's quantization, by its configuration; `None` for plain weights."""
+    found = getattr(config, "quantization_config", None) or {}
+    method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+    return getattr(method, "value", method)
+
+
 def own_tokenizer(source: str | os.PathLike):
     """The tokenizer beside a checkpoint's weights, or `None` where there is none."""
     try:
