@@ -67,6 +67,30 @@ def test_edge_engine(real_checkpoint, monkeypatch, capsys):
     assert "from left to right." in out
 
 
+def test_executors(real_checkpoint, tmp_path, monkeypatch, capsys):
+    for package in ("xllamacpp", "gguf"):
+        pytest.importorskip(package, reason=f"{package} is not installed: extra `executors`")
+    arguments = ["--model", str(real_checkpoint), "--output", str(tmp_path / "model.gguf"), "--type", "f32"]
+    monkeypatch.setattr(sys, "argv", ["executors.py", *arguments, "--plot", str(tmp_path / "pairs.png")])
+    runpy.run_path(str(EXAMPLES / "executors.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    assert float(re.search(r"slope +([\d.]+)", out)[1]) == pytest.approx(1, abs=1e-4)
+    torch_says, llama_cpp_says = re.findall(r"^(?:torch|gguf): +(.*)$", out, re.MULTILINE)
+    assert torch_says == llama_cpp_says
+    assert "Gravity is" in torch_says
+    assert (tmp_path / "pairs.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_structured_output(real_checkpoint, monkeypatch, capsys):
+    pytest.importorskip("llguidance", reason="llguidance is not installed: extra `edge`")
+    monkeypatch.setattr(sys, "argv", ["structured_output.py", "--model", str(real_checkpoint)])
+    runpy.run_path(str(EXAMPLES / "structured_output.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    people = json.loads(out[: out.rindex("}") + 1])["people"]
+    assert people[0]["name"] == "Anna Lindqvist"
+    assert "with drafts the same text: True" in out
+
+
 def test_chunkwise_grpo(tmp_path):
     """A few steps: the warm start has learned something, and rollouts were under way when training stopped."""
     arguments = ["--max_steps", "6", "--warm_start_steps", "40", "--tested", "16", "--output_dir", str(tmp_path)]

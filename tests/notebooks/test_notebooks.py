@@ -103,3 +103,26 @@ def test_edge_engine(real_checkpoint):
     covered = [float(share) for share in re.findall(r"cover ([\d.]+)%", text)]
     assert covered == sorted(covered)
     assert types.count("image/png") == 1
+
+
+@pytest.mark.real
+def test_runtimes(real_checkpoint):
+    for package in ("xllamacpp", "gguf", "llguidance", "uvicorn", "openai"):
+        pytest.importorskip(package, reason=f"{package} is not installed: extras `executors`, `serve`, `test`")
+    notebook = jupytext.read(NOTEBOOKS / "07_runtimes.py")
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    text, types = shown(notebook)
+    right, wrong = map(float, re.findall(r"slope +([\d.]+)", text))
+    assert abs(right - 1) < 0.02  # 48 tokens in 8 bits
+    assert wrong / right == pytest.approx(1.1, abs=2e-3)
+    first, second = re.findall(r"same likeliest +([\d.]+)%", text)
+    assert first == second
+    tokens, passes = map(int, re.search(r"with drafts: .* \((\d+) tokens in (\d+) passes\)", text).groups())
+    assert passes < tokens
+    assert "the same tokens: True" in text
+    assert text.count("call: get-weather") == 2
+    assert "refused: get-weather.days must be integer, not '3'" in text
+    assert "streamed: ['1.', '1'," in text
+    assert "in form: {'city': 'Paris'" in text
+    assert "refused: temperature must be" in text
+    assert types.count("image/png") == 1

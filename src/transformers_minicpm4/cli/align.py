@@ -9,13 +9,14 @@ from .errors import UserError, one_line
 from .quantization import refuse_missing
 
 
+PICTURES = (".png", ".svg", ".pdf")
 EXAMPLES = """\
 examples:
   minicpm4 align ./model model.gguf --text some.txt
   minicpm4 align ./model ./model-openvino --text some.txt --tokens 1024 --plot pairs.png
   minicpm4 align ./model model-q8.gguf --text some.txt --trace calls.json --json
 
-A and B are checkpoints (PyTorch), .gguf files (llama.cpp) or folders of `minicpm4 export --to openvino`; A is the
+A and B are checkpoints (PyTorch), GGUF files (llama.cpp) or folders of `minicpm4 export --to openvino`; A is the
 reference. A wrong scale of the logits, which the chosen tokens hide, shows in the slope. The exit code is 1 where the
 slope is further from 1 than --tolerance. Checkpoints attend densely here unless both are checkpoints, since the other
 runtimes do. --trace writes a timeline for chrome://tracing or ui.perfetto.dev.
@@ -33,8 +34,8 @@ def register(subparsers) -> None:
     parser.add_argument("first", metavar="A", help="the reference")
     parser.add_argument("second", metavar="B", help="what is checked")
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text; its beginning is compared")
-    parser.add_argument("--tokens", type=int, default=256, metavar="N", help="of the text; default 256")
-    parser.add_argument("--top", type=int, default=16, metavar="K", help="candidates a place; default 16")
+    parser.add_argument("--tokens", type=two_or_more, default=256, metavar="N", help="of the text; default 256")
+    parser.add_argument("--top", type=two_or_more, default=16, metavar="K", help="candidates a place; default 16")
     parser.add_argument("--tolerance", type=float, default=0.01, metavar="T", help="of the slope; default 0.01")
     parser.add_argument(
         "--tokenizer", metavar="FOLDER", help="default: A's, or B's where A is a .gguf file; needed where both are"
@@ -47,6 +48,8 @@ def register(subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise UserError("--plot draws with matplotlib, which is not installed: pip install matplotlib")
+    if args.plot and Path(args.plot).suffix not in PICTURES:
+        raise UserError(f"--plot {args.plot}: the name must end in {', '.join(PICTURES)}")
     for place in (args.first, args.second):
         refuse_missing(place)
     try:
@@ -55,12 +58,19 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--text {args.text} cannot be read: {one_line(error)}") from error
     try:
         result = compare(args, text)
+        print(result.json() if args.json else result.report())
         if args.plot:
             result.plot(args.plot)
     except (ValueError, OSError, ImportError) as error:
         raise UserError(one_line(error)) from error
-    print(result.json() if args.json else result.report())
     return 0 if result.within(args.tolerance) else 1
+
+
+def two_or_more(text: str) -> int:
+    number = int(text)
+    if number < 2:
+        raise argparse.ArgumentTypeError(f"2 or more is needed, got {text}")
+    return number
 
 
 def compare(args: argparse.Namespace, text: str):
@@ -80,18 +90,14 @@ def compare(args: argparse.Namespace, text: str):
     if names[0] == names[1]:
         names = list(places)
     dense = {} if all(checkpoints) else {"attn_implementation": "sdpa"}
+    executors = [None, None]
     with contextlib.ExitStack() as stack:
         timeline = stack.enter_context(trace(args.trace)) if args.trace else None
-        executors = [
-            stack.enter_context(
+        for index in sorted((0, 1), key=checkpoints.__getitem__):  # a file that is no good is told of at once
+            options = dense | {"dtype": "float32"} if checkpoints[index] else {}
+            executors[index] = stack.enter_context(
                 open_executor(
-                    place,
-                    context=max(len(token_ids), 2),
-                    trace=timeline,
-                    name=name,
-                    **(dense | {"dtype": "float32"} if checkpoint else {}),
+                    places[index], context=max(len(token_ids), 2), trace=timeline, name=names[index], **options
                 )
             )
-            for place, name, checkpoint in zip(places, names, checkpoints)
-        ]
         return align(*executors, token_ids, top=args.top)

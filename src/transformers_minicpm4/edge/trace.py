@@ -33,7 +33,8 @@ class Trace:
         A span that raises is kept, with the error's name among its arguments.
         """
         with self._lock:
-            number = self._lanes.setdefault((lane, threading.get_ident()), len(self._lanes))
+            # From 1: a viewer takes thread 0 for the operating system's and renames it.
+            number = self._lanes.setdefault((lane, threading.get_ident()), len(self._lanes) + 1)
         begin = time.perf_counter_ns()
         try:
             yield arguments

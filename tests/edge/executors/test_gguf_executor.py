@@ -6,6 +6,7 @@ import torch
 from transformers_minicpm4.edge.alignment import align
 from transformers_minicpm4.edge.executors import CallNotOffered, open_executor
 from transformers_minicpm4.edge.executors.gguf_executor import GGUFExecutor, export_gguf
+from transformers_minicpm4.edge.trace import Trace
 
 
 pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
@@ -110,6 +111,16 @@ def test_tokens_within_a_character_are_scored_as_the_others(exported, checkpoint
     assert (got.top_logprobs - reference.top_logprobs).abs().max() < 2e-5
 
 
+def test_each_evaluation_is_in_the_timeline(exported):
+    timeline = Trace()
+    with open_executor(exported("plain", "f32"), CONTEXT, trace=timeline) as made:
+        before = len(timeline.events)
+        made.score([1, 2, 3, 4])
+    *inside, whole = timeline.events[before:]
+    assert (whole["name"], {span["name"] for span in inside}) == ("score", {"evaluate"})
+    assert {span["args"]["position"] for span in inside} == {1, 2, 3}
+
+
 def test_generate_gives_the_reference_tokens_and_stops(exported, checkpoints, token_ids):
     reference = open_executor(checkpoints / "plain", CONTEXT, dtype="float32")
     with open_executor(exported("plain", "f32"), CONTEXT) as made:
@@ -138,6 +149,9 @@ def test_what_llama_cpp_offers_and_what_it_refuses(exported, checkpoints, tmp_pa
     with pytest.raises(ValueError, match="type is one of"):
         export_gguf(checkpoints / "plain", tmp_path / "y.gguf", "q3")
     assert not (tmp_path / "y.gguf").exists()
+    with pytest.raises(FileExistsError, match=r"x\.gguf is there already"):
+        export_gguf(checkpoints / "plain", tmp_path / "x.gguf")
+    assert (tmp_path / "x.gguf").stat().st_size == 5000
     with open_executor(exported("short", "f32"), 1000) as made:
         assert made.context == 256  # the model's
     odd = planted(exported("short", "f32"), tmp_path / "odd.gguf", lambda reader: set_original(reader, 300))

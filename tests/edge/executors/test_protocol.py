@@ -116,6 +116,36 @@ def test_generate_is_greedy_and_ends_with_a_stop_token():
     assert made.generate(IDS, 0) == []
 
 
+def test_kept_rows_are_those_of_a_verify_just_before():
+    made = executor()
+    made.prefill(IDS[:4])
+    with pytest.raises(ValueError, match="row 0 was given to keep, and verify was not called"):
+        made.keep([0])
+    made.verify(IDS[4], DraftTree((IDS[5],), (ROOT,)))
+    with pytest.raises(ValueError, match=r"row 2 was given to keep, and verify has rows 0 \.\. 1"):
+        made.keep([0, 2])
+    made.keep([0, 1])
+    torch.testing.assert_close(made.decode(IDS[6]), logits(made.model, IDS[:7])[-1], rtol=0, atol=1e-12)
+    made.verify(IDS[7], DraftTree((IDS[8],), (ROOT,)))
+    made.reset()
+    with pytest.raises(ValueError, match="not called"):
+        made.keep([0])
+
+
+def test_tokens_are_whole_numbers_of_any_kind_and_a_closed_executor_says_so():
+    made = executor()
+    want = made.score(IDS[:5])
+    assert torch.equal(made.score(torch.tensor(IDS[:5])).logprobs, want.logprobs)
+    with pytest.raises(TypeError, match="float"):
+        made.prefill([1.5])
+    with pytest.raises(ValueError, match="max_new_tokens is 0 or more, got -1"):
+        made.generate(IDS, -1)
+    made.close()
+    for call in (lambda: made.score(IDS), lambda: made.generate(IDS, 1), made.reset):
+        with pytest.raises(ValueError, match="torch was closed; open it again"):
+            call()
+
+
 def test_a_trace_file_nests_calls_within_calls(tmp_path):
     with trace(tmp_path / "calls.json") as timeline:
         made = executor(trace=timeline, name="reference")

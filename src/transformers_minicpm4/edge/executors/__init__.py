@@ -11,16 +11,22 @@ from .protocol import CALLS, CallNotOffered, Executor, Scores
 
 def runtime_of(path: str | os.PathLike) -> str:
     """`"gguf"`, `"openvino"` or `"torch"`: what opens what lies at `path`."""
-    if Path(path).suffix == ".gguf":
+    path = Path(path)
+    if path.suffix == ".gguf" or (path.is_file() and _begins(path, b"GGUF")):
         return "gguf"
-    return "openvino" if (Path(path) / "openvino_model.xml").is_file() else "torch"
+    return "openvino" if (path / "openvino_model.xml").is_file() else "torch"
+
+
+def _begins(path: Path, magic: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic
 
 
 def open_executor(
     path: str | os.PathLike, context: int = 2048, trace: Trace | None = None, name: str | None = None, **options
 ) -> Executor:
     """
-    The executor for what lies at `path`: a `.gguf` file, a folder with `openvino_model.xml`, else a checkpoint (folder
+    The executor for what lies at `path`: a GGUF file, a folder with `openvino_model.xml`, else a checkpoint (folder
     or Hub id) for PyTorch, to which `options` of `from_pretrained` are passed.
 
     Raises:

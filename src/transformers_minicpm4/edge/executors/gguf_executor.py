@@ -98,6 +98,7 @@ class GGUFExecutor(Executor):
         self._ask_plainly([self._plain_token], 1)
 
     def close(self) -> None:
+        super().close()
         self._server = None
 
     def _ask(self, prefix: list[int], token: int, top: int) -> dict | None:
@@ -105,16 +106,16 @@ class GGUFExecutor(Executor):
         What follows `prefix`: the forced `token` with its log-probability and the `top` likeliest; `None` where the
         server keeps silent, as it does about tokens that end within a character.
         """
-        answer = self._server.handle_completions(
-            {
-                "prompt": prefix,
-                "n_predict": 1,
-                "n_probs": top,
-                "temperature": 0.0,
-                "cache_prompt": True,
-                "logit_bias": [[token, FORCING]],
-            }
-        )
+        asked = {
+            "prompt": prefix,
+            "n_predict": 1,
+            "n_probs": top,
+            "temperature": 0.0,
+            "cache_prompt": True,
+            "logit_bias": [[token, FORCING]],
+        }
+        with self._span("evaluate", position=len(prefix)):
+            answer = self._server.handle_completions(asked)
         if "choices" not in answer:
             raise RuntimeError(f"llama.cpp's server refused: {answer}")
         found = (answer["choices"][0].get("logprobs") or {}).get("content") or []
@@ -163,7 +164,7 @@ def _facts(path: Path) -> dict:
         arch = fields["general.architecture"].contents()
         context = int(fields[f"{arch}.context_length"].contents())
     except (ValueError, KeyError, IndexError) as error:
-        raise ValueError(f"{path} is not a whole GGUF model ({error}); export it again.") from error
+        raise ValueError(f"{path} is not a whole GGUF model: cut off, or something else; export it again.") from error
     tokens = fields.get("tokenizer.ggml.tokens")
     if tokens is None:
         raise ValueError(
@@ -225,7 +226,7 @@ def export_gguf(
 
     Args:
         folder: plain, packed ternary (BitCPM4) or GPTQ checkpoint, with its tokenizer.
-        path: the file; it appears when all of it is written.
+        path: a new file; it appears when all of it is written.
         type: of the linear layers of the blocks. "auto" as they are (quantized ones: the smallest exact type).
             "f32", "f16", "bf16" for all matrices. "q8_0" rounds a plain checkpoint's layers. "tq1_0", "tq2_0", "q4_0",
             "q4_1" only where they hold quantized layers exactly. Embedding and head of "q8_0" and smaller stay as
@@ -236,6 +237,7 @@ def export_gguf(
         each tensor's type, by its name in the file.
 
     Raises:
+        FileExistsError: something is at `path`.
         ValueError: a type that is none, or that the checkpoint cannot be written in.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -246,6 +248,8 @@ def export_gguf(
 
     if type not in TYPES:
         raise ValueError(f"type is one of {', '.join(TYPES)}, got {type!r}.")
+    if Path(path).exists():
+        raise FileExistsError(f"{path} is there already; give another name, or remove it first.")
     options = {
         "quantization": "auto" if type in ("auto", "bf16") else type.upper(),
         "float_type": type.upper() if type in FLOAT_TYPES else "auto",

@@ -6,6 +6,7 @@ Shape letters: `S` tokens of a text, `K` candidates, `T` nodes of a drafted tree
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,6 +75,9 @@ class Executor:
     vocab_size: int
     context: int
     trace: Trace | None = None
+    # Rows of the last `verify` that `keep` may name, and whether the runtime's memory was given back.
+    _drafted = 0
+    _closed = False
 
     def generate(self, token_ids: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int] = ()) -> list[int]:
         """
@@ -81,11 +85,13 @@ class Executor:
 
         Raises:
             CallNotOffered: this executor has no such call.
-            ValueError: no tokens, tokens outside the vocabulary, or more than fit into the context.
+            ValueError: no tokens, tokens outside the vocabulary, or more than fit into the context; a closed executor.
+            TypeError: tokens that are no whole numbers.
         """
         with self._call("generate", tokens=len(token_ids), max_new_tokens=max_new_tokens):
-            self._check(token_ids, max_new_tokens)
-            return self._generate(list(token_ids), max_new_tokens, frozenset(stop_ids))
+            if max_new_tokens < 0:
+                raise ValueError(f"max_new_tokens is 0 or more, got {max_new_tokens}.")
+            return self._generate(self._check(token_ids, max_new_tokens), max_new_tokens, frozenset(stop_ids))
 
     def score(self, token_ids: Sequence[int], top: int = 16) -> Scores:
         """
@@ -94,38 +100,49 @@ class Executor:
         Raises: as `generate`; also a text of fewer than two tokens, `top` below 2.
         """
         with self._call("score", tokens=len(token_ids), top=top):
-            self._check(token_ids)
+            token_ids = self._check(token_ids)
             if len(token_ids) < 2:
                 raise ValueError("score needs two tokens or more: the first has nothing before it.")
             if top < 2:
                 raise ValueError(f"top is 2 or more (a gap takes two), got {top}.")
-            return self._score(list(token_ids), min(top, self.vocab_size))
+            return self._score(token_ids, min(top, self.vocab_size))
 
     def prefill(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Put tokens behind the text. Returns the logits after the last, float `[V]`. Raises: as `generate`."""
         with self._call("prefill", tokens=len(token_ids)):
-            self._check(token_ids, self._held())
-            return self._prefill(list(token_ids))
+            return self._prefill(self._check(token_ids, self._held()))
 
     def decode(self, token: int) -> torch.Tensor:
         """Put one token behind the text. Returns the logits after it, float `[V]`. Raises: as `generate`."""
         with self._call("decode", position=self._held()):
-            self._check([token], self._held())
-            return self._decode(int(token))
+            return self._decode(*self._check([token], self._held()))
 
     def verify(self, root: int, tree: DraftTree) -> torch.Tensor:
         """
         The logits after the token `root` and after each node of a tree drafted behind it, float `[T + 1, V]`. The text
         does not grow until `keep` says which of these were right.
         """
-        with self._call("verify", nodes=len(tree)):
+        with self._call("verify") as arguments:
+            arguments["nodes"] = len(tree)
             self._check([root, *tree.tokens], self._held())
-            return self._verify(root, tree)
+            logits = self._verify(root, tree)
+            self._drafted = len(logits)
+            return logits
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Put the root (row 0) and the accepted nodes (`n` is row `n + 1`) of the last `verify` behind the text."""
+        """
+        Put the root (row 0) and the accepted nodes (`n` is row `n + 1`) of the last `verify` behind the text.
+
+        Raises:
+            ValueError: rows that are not of a `verify` just before.
+        """
         with self._call("verify", kept=len(rows)):
+            strangers = [row for row in rows if not 0 <= row < self._drafted]
+            if strangers:
+                given = f"has rows 0 .. {self._drafted - 1}" if self._drafted else "was not called since the text grew"
+                raise ValueError(f"row {strangers[0]} was given to keep, and verify {given}.")
             self._keep(list(rows))
+            self._drafted = 0
 
     def reset(self) -> None:
         """Begin a new text."""
@@ -133,7 +150,8 @@ class Executor:
             self._reset()
 
     def close(self) -> None:
-        """Give the runtime's memory back."""
+        """Give the runtime's memory back; there are no calls afterwards."""
+        self._closed = True
 
     def __enter__(self):
         return self
@@ -142,18 +160,29 @@ class Executor:
         self.close()
 
     @contextmanager
-    def _call(self, name: str, **arguments: Any) -> Iterator[None]:
+    def _call(self, name: str, **arguments: Any) -> Iterator[dict[str, Any]]:
         if name not in self.calls:
             offered = ", ".join(call for call in CALLS if call in self.calls)
             raise CallNotOffered(f"{self.name} does not offer {name}; it offers {offered}.")
-        if self.trace is None:
-            yield
-            return
-        with self.trace.span(name, lane=self.name, **arguments):
-            yield
+        if self._closed:
+            raise ValueError(f"{self.name} was closed; open it again.")
+        if name in ("generate", "prefill", "decode", "reset"):
+            self._drafted = 0
+        with self._span(name, **arguments) as shown:
+            yield shown
 
-    def _check(self, token_ids: Sequence[int], more: int = 0) -> None:
-        if len(token_ids) == 0:
+    @contextmanager
+    def _span(self, name: str, **arguments: Any) -> Iterator[dict[str, Any]]:
+        """Of the trace, where there is one."""
+        if self.trace is None:
+            yield arguments
+            return
+        with self.trace.span(name, lane=self.name, **arguments) as shown:
+            yield shown
+
+    def _check(self, token_ids: Sequence[int], more: int = 0) -> list[int]:
+        token_ids = [operator.index(token) for token in token_ids]
+        if not token_ids:
             raise ValueError("no tokens were given; give at least one (the tokenizer's <s> for an empty text).")
         outside = [token for token in token_ids if not 0 <= token < self.vocab_size]
         if outside:
@@ -163,6 +192,7 @@ class Executor:
                 f"{len(token_ids) + more} tokens do not fit into {self.name}'s context of {self.context}; "
                 "open it with a larger context."
             )
+        return token_ids
 
     def _held(self) -> int:
         """Tokens of the text so far."""

@@ -45,6 +45,10 @@ class TorchExecutor(Executor):
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
         return cls(model, context, name or "torch", trace)
 
+    def close(self) -> None:
+        super().close()
+        self.runner = None
+
     def _held(self) -> int:
         return self.runner.lengths[0]
 
