@@ -20,6 +20,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from transformers_minicpm4 import MiniCPM4Config, MiniCPM4ForCausalLM
 from transformers_minicpm4.cli import grpo
 from transformers_minicpm4.cli.errors import UserError
 from transformers_minicpm4.rl import ChunkwiseGRPOConfig
@@ -143,6 +144,46 @@ def test_a_recipe_with_lora_chat_prompts_and_a_folder_of_data(work, policy, run_
     assert not (work / "nowhere").exists()
 
 
+def test_the_papers_recipe_at_a_small_size(work, run_cli):
+    """Loss, filters, KL, replaced reference and optimizer are the recipe's; model, data, reward and sizes are not."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}="
+    tokenizer.save_pretrained("tiny")
+    torch.manual_seed(0)
+    MiniCPM4ForCausalLM(
+        MiniCPM4Config(
+            vocab_size=43, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, dim_model_base=16, scale_emb=2, initializer_range=0.2, max_position_embeddings=512,
+            bos_token_id=None, eos_token_id=1, pad_token_id=0,
+        )
+    ).save_pretrained("tiny")  # fmt: skip
+    with (work / "my_rewards.py").open("a") as file:
+        file.write(
+            "def replied(completions, **kwargs):\n"
+            "    return [sum(map(str.isdigit, reply[0]['content'])) / (1 + len(reply[0]['content']))"
+            " for reply in completions]\n"
+        )
+    small = {
+        "model_name_or_path": "tiny", "dataset_name": "problems.jsonl", "reward_funcs": "my_rewards.replied",
+        "num_generations": 4, "max_completion_length": 16, "chunk_length": 4, "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1, "steps_per_generation": 2, "ref_model_sync_steps": 1, "max_steps": 2,
+        "save_steps": 2, "output_dir": "out", "use_cpu": True,
+    }  # fmt: skip
+    changes = [word for name, value in small.items() for word in (f"--{name}", value)]
+    result = run_cli("grpo", "--config", RECIPES / "minicpm4_rl.yaml", *changes)
+    assert result.code == 0, result.err
+    assert "trained 2 steps" in result.out
+    checkpoint = work / "out" / "checkpoint-2"
+    policy, reference = (load_file(checkpoint / f"{name}.safetensors") for name in ("model", "reference_model"))
+    start = load_file(work / "tiny" / "model.safetensors")
+    # Replaced after the last step; head and embeddings are one, which each file keeps under a name of its own.
+    assert all(torch.equal(reference[name], policy[name]) for name in policy.keys() & reference.keys())
+    assert any(not torch.equal(policy[name], start[name]) for name in policy)
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    assert [entry["kl"] >= 0 for entry in history if "kl" in entry] == [True, True]
+    assert type(transformers.AutoModelForCausalLM.from_pretrained(work / "out")) is MiniCPM4ForCausalLM
+
+
 def test_two_processes(work, policy):
     # About 15 s of CPU time, most of it importing torch and Transformers three times.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -192,6 +233,10 @@ def test_a_fault_while_training_shows_where(work, grpo_cli):
         (("--model_name_or_path", "./missing"), ["there is no folder ./missing"]),
         (("--resume_from_checkpoint", "out/checkpoint-7"), ["no checkpoint out/checkpoint-7", "without a value"]),
         (("--resume_from_checkpoint",), ["No valid checkpoint found"]),
+        (
+            ("--output_dir", "used"),
+            ["used has checkpoints of an earlier run", "checkpoint-40", "--resume_from_checkpoint"],
+        ),
         (("--chunk_length", "0"), ["chunk_length must be an integer of 1 or more, got 0."]),
         (("--num_generations", "3"), ["generation_batch_size (8) must be divisible by num_generations (3)"]),
         (("--max_live_row", "8"), ["no setting --max_live_row; --max_live_rows has a similar name"]),
@@ -207,6 +252,7 @@ def test_a_fault_while_training_shows_where(work, grpo_cli):
 def test_unusable_input_is_one_sentence(work, grpo_cli, changes, parts):
     (work / "few.jsonl").write_text('{"prompt": "1=", "answer": "1"}\n')
     (work / "empty.jsonl").write_text("")
+    (work / "used" / "checkpoint-40").mkdir(parents=True)
     (work / "broken.jsonl").write_text('{"prompt": "1=", "answer"\n')
     (work / "unknown.yaml").write_text("chunk_lenght: 4\n")
     (work / "list.yaml").write_text("- chunk_length\n")

@@ -122,7 +122,9 @@ def test_released_config_loads_without_remote_code(tmp_path, released):
     assert config.rope_parameters["rope_theta"] == 10_000.0
     wanted = "longrope" if released["rope_scaling"] else "default"
     assert config.rope_parameters["rope_type"] == wanted
-    assert not hasattr(config, "auto_map")  # nothing left that would ask for trust_remote_code
+    assert config.auto_map == {}  # nothing left that would ask for trust_remote_code
+    config.save_pretrained(tmp_path / "again")
+    assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
 
 
 @pytest.mark.parametrize("released", RELEASED.values(), ids=RELEASED.keys())

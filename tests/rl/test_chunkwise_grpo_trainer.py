@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from arithmetic import make_policy, make_tokenizer, make_trainer, prompts, settings, share_of_digits
 from tolerances import within
 from transformers_minicpm4.rl import ChunkwiseGRPOConfig, ChunkwiseGRPOTrainer
+from transformers_minicpm4.rl.chunkwise_grpo_trainer import _spread
+from transformers_minicpm4.rl.dropout import dropout_places
+from transformers_minicpm4.rl.garble import REASONS
 
 
 VANILLA = {
@@ -282,6 +286,90 @@ def test_minicpm4_with_sparse_attention_learns_chunk_wise(tmp_path, tiny_config,
     assert abs(losses(trainer)[0]) < 10
 
 
+@pytest.mark.parametrize("given", ["path", "model"])
+def test_minicpm4_has_a_reference_that_is_replaced(given, tmp_path, tiny_config):
+    """TRL loads the reference from the policy's folder, and asks its configuration for things of remote code."""
+    from transformers_minicpm4 import MiniCPM4ForCausalLM
+
+    policy = str(tmp_path / "policy")
+    MiniCPM4ForCausalLM(tiny_config(vocab_size=43, eos_token_id=1, initializer_range=0.2)).save_pretrained(policy)
+    make_tokenizer().save_pretrained(policy)
+    kept = {}
+
+    class Keep(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            kept[state.global_step] = [value.clone() for value in model.parameters()]
+
+    trainer = make_trainer(
+        tmp_path / "c",
+        model=policy if given == "path" else MiniCPM4ForCausalLM.from_pretrained(policy),
+        callbacks=[Keep()],
+        beta=0.1,
+        sync_ref_model=True,
+        ref_model_sync_steps=2,
+        max_steps=3,
+        learning_rate=1e-2,
+    )
+    assert type(trainer.model) is type(trainer.ref_model) is MiniCPM4ForCausalLM
+    trainer.train()
+    kl = metric(trainer, "kl")
+    assert kl[0] == kl[2] == 0 < kl[1]
+    assert all(torch.equal(one, other) for one, other in zip(trainer.ref_model.parameters(), kept[2], strict=True))
+
+
+def gpt2():
+    fields = {"vocab_size": 43, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256, "initializer_range": 0.2}
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(**fields, eos_token_id=1, bos_token_id=None, pad_token_id=0))
+
+
+def lora(dropout):
+    from peft import LoraConfig
+
+    return LoraConfig(r=8, target_modules="all-linear", lora_dropout=dropout, init_lora_weights=False)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "attention", "lora"])
+def test_a_model_with_dropout_trains_as_without(kind, tmp_path):
+    """As `GRPOTrainer` trains it where there is none; with other units dropped in each pass no ratio would be 1."""
+    ours, theirs, without = {
+        "gpt2": (gpt2(), gpt2(), {"disable_dropout": True}),
+        "attention": (make_policy(attention_dropout=0.3), make_policy(), {}),
+        "lora": (make_policy(), make_policy(), {}),
+    }[kind]
+    torch.manual_seed(0)
+    vanilla = GRPOTrainer(
+        theirs,
+        share_of_digits,
+        args=GRPOConfig(**settings(tmp_path / "v", use_bias_correction_kl=False, **without)),
+        train_dataset=prompts(),
+        processing_class=make_tokenizer(),
+        peft_config=lora(0.0) if kind == "lora" else None,
+    )
+    vanilla.train()
+    torch.manual_seed(0)
+    peft_config = lora(0.2) if kind == "lora" else None
+    chunked = make_trainer(tmp_path / "c", model=ours, peft_config=peft_config, **VANILLA)
+    chunked.train()
+    assert metric(chunked, "clip_ratio/region_mean") == [0.0] * 4
+    assert all(within(abs(a - b), "grpo_loss") for a, b in zip(losses(chunked), losses(vanilla), strict=True))
+    assert within(difference(chunked.model, vanilla.model), "grpo_weights")
+    # What is saved still says what the model was made with.
+    config = chunked.model.config
+    saved = {
+        "gpt2": lambda: config.attn_pdrop,
+        "attention": lambda: config.attention_dropout,
+        "lora": lambda: chunked.model.peft_config["default"].lora_dropout,
+    }
+    assert saved[kind]() > 0
+
+
+def test_dropout_stays_off_after_resuming(tmp_path):
+    whole, resumed = run_and_resume(tmp_path, 3, {"learning_rate": 1e-2, "peft_config": lora(0.2)})
+    assert difference(whole.model, resumed.model) == 0
+    assert list(dropout_places(resumed.model)) == []
+
+
 # --- What it keeps ---------------------------------------------------------------------------------------------------
 
 
@@ -359,6 +447,60 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path):
     assert whole.rollouts.__dict__ == resumed.rollouts.__dict__
 
 
+SAVING = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
+
+
+def test_a_checkpoint_whose_state_is_cut_off_is_passed_over(tmp_path):
+    make_trainer(tmp_path / "cut", max_steps=4, **SAVING).train()
+    state = tmp_path / "cut" / "checkpoint-4" / "trainer_state.json"
+    state.write_bytes(state.read_bytes()[:300])
+    resumed = make_trainer(tmp_path / "cut", max_steps=6, learning_rate=1e-2, lr_scheduler_type="constant")
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed)[:2] == resumed_losses(tmp_path / "cut" / "checkpoint-2")
+    assert resumed.state.global_step == 6
+    assert len(losses(resumed)) == 6
+    # Alone, or named, it is refused.
+    with pytest.raises(ValueError, match=r"checkpoint-4 cannot be resumed: its trainer_state.json is missing or cut"):
+        make_trainer(tmp_path / "cut", max_steps=6).train(resume_from_checkpoint=str(state.parent))
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-2")
+    with pytest.raises(ValueError, match=r"none of the 1 checkpoint\(s\) .* checkpoint-4: its trainer_state.json is"):
+        make_trainer(tmp_path / "cut", max_steps=6).train(resume_from_checkpoint=True)
+
+
+def resumed_losses(checkpoint) -> list[float]:
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def test_a_finished_run_that_is_resumed_is_as_it_was(tmp_path):
+    first = make_trainer(tmp_path, max_steps=4, lr_scheduler_type="constant", **SAVING)
+    first.train()
+    calls = []
+
+    def share_again(prompts, completions, **kwargs):
+        calls.append(prompts)
+        return share_of_digits(prompts, completions)
+
+    share_again.__name__ = "share_of_digits"
+    # The second: with fewer steps than it has made.
+    for steps in (4, 3):
+        again = make_trainer(tmp_path, reward=share_again, max_steps=steps, lr_scheduler_type="constant", **SAVING)
+        assert again.train(resume_from_checkpoint=True).global_step == 4
+        assert difference(first.model, again.model) == 0
+        assert again.rollouts.__dict__ == first.rollouts.__dict__
+    assert calls == []
+
+
+def test_a_new_run_does_not_mix_its_checkpoints_with_an_old_ones(tmp_path):
+    make_trainer(tmp_path, max_steps=2, **SAVING).train()
+    with pytest.raises(ValueError, match=r"checkpoints of an earlier run \(the last is checkpoint-2\).*resume_from"):
+        make_trainer(tmp_path, max_steps=4, **SAVING).train()
+    # Nothing to mix where nothing is saved.
+    make_trainer(tmp_path, max_steps=1).train()
+    make_trainer(tmp_path, max_steps=4, **SAVING).train(resume_from_checkpoint=True)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+
+
 def test_no_prompt_is_lost_or_scored_twice(tmp_path):
     recorder = Recorder()
     trainer = make_trainer(tmp_path, reward=recorder, chunk_length=3, max_steps=20)
@@ -413,6 +555,22 @@ def test_groups_without_spread_are_replaced(tmp_path):
     assert not any(int(data[group.row]["prompt"][0]) % 2 for group in trained)
     assert sum(metric(trainer, "rollout/groups_dropped")) == trainer.rollouts.dropped > 5
     assert metric(trainer, "frac_reward_zero_std") == [0.0] * 10
+
+
+def test_what_is_logged_adds_up(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=8)
+    # Planted: a third of the rows, under two of the filter's reasons.
+    reasons = {0: "token_run", 1: "repetition"}
+    trainer.garble_filter = lambda ids, text: reasons.get(sum(ids) % 6)
+    began = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - began
+    parts = [metric(trainer, f"time/{name}") for name in ("sampling", "logprobs", "rewards", "train")]
+    assert all(len(values) == 8 and min(values) > 0 for values in parts)
+    assert sum(map(sum, parts)) < seconds
+    garbled = {reason: metric(trainer, f"rollout/garbled/{reason}") for reason in REASONS}
+    assert [sum(step) for step in zip(*garbled.values(), strict=True)] == metric(trainer, "rollout/garbled_rows")
+    assert sum(garbled["token_run"]) > 0 < sum(garbled["repetition"])
 
 
 def test_evaluation_in_between_leaves_the_rollouts_alone(tmp_path):
@@ -517,15 +675,17 @@ def test_two_processes_resume_and_one_takes_over_from_two(tmp_path):
     done, found = distributed(tmp_path / "whole", changes)
     assert done.returncode == 0, done.stderr[-3000:]
     whole = load_file(tmp_path / "whole" / "final.safetensors")
-    import shutil
-
     shutil.rmtree(tmp_path / "whole" / "checkpoint-6")
     done, again = distributed(tmp_path / "whole", changes, "resume")
     assert done.returncode == 0, done.stderr[-3000:]
     resumed = load_file(tmp_path / "whole" / "final.safetensors")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert found[0][1] == again[0][1]
-    one = make_trainer(tmp_path / "one", max_steps=6)
+
+    def reward(prompts, completions, **kwargs):  # of the name of the two processes'
+        return share_of_digits(prompts, completions)
+
+    one = make_trainer(tmp_path / "one", reward=reward, max_steps=6)
     one.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     own = one.model.state_dict()
     assert within(max((whole[name] - own[name]).abs().max().item() for name in whole), "grpo_weights")
@@ -549,36 +709,43 @@ def test_equal_rewards_for_ever_stop_the_run(tmp_path):
         trainer.train()
 
 
-@pytest.mark.parametrize("kind", ["sleeps", "loops", "async"])
-def test_a_reward_function_that_hangs_stops_the_run(kind, tmp_path):
-    def sleeps(completions, **kwargs):
-        time.sleep(60)
+@pytest.mark.parametrize("size", [2, 3, 8, 16])
+def test_equal_rewards_are_equal_whatever_their_mean_rounds_to(size):
+    for hundredths in range(-100, 201):
+        equal = torch.full((size,), hundredths / 100)
+        assert not _spread(equal)
+        # As sums of two functions' rewards, in another order in each row.
+        parts = torch.tensor([[0.1, equal[0]], [equal[0], 0.1]]).repeat(size, 1)[:size]
+        assert not _spread(parts.cumsum(1)[:, 1] * 3)
+        equal[-1] += 0.001
+        assert _spread(equal)
 
-    def loops(completions, **kwargs):
-        while True:
-            pass
 
-    async def waits(completions, **kwargs):
-        import asyncio
-
-        await asyncio.sleep(60)
-
-    reward = {"sleeps": sleeps, "loops": loops, "async": waits}[kind]
-    trainer = make_trainer(tmp_path, reward=reward, reward_timeout=0.3)
-    before = signal.getsignal(signal.SIGALRM)
-    began = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"did not return within reward_timeout=0.3 s"):
+def test_equal_rewards_whose_deviation_rounds_to_something_stop_the_run(tmp_path):
+    """Eight rewards of 0.2 have a standard deviation above 1e-8 in float32."""
+    trainer = make_trainer(tmp_path, reward=lambda completions, **kwargs: [0.2] * len(completions), num_generations=8)
+    with pytest.raises(RuntimeError, match="had equal rewards for all 8 completions"):
         trainer.train()
-    assert time.monotonic() - began < 30
-    assert signal.getsignal(signal.SIGALRM) == before
+    assert trainer.state.global_step == 0
 
 
-def test_a_reward_function_that_raises_stops_the_run_with_its_name(tmp_path):
-    def broken(completions, **kwargs):
-        raise ZeroDivisionError("no")
+def test_only_groups_in_a_row_count(tmp_path):
+    """Two batches' worth without spread in a row, again and again, are allowed; one more is not."""
+    trainer = make_trainer(tmp_path, max_resampled_batches=2)
 
-    with pytest.raises(RuntimeError, match="'broken' raised ZeroDivisionError: no"):
-        make_trainer(tmp_path, reward=broken).train()
+    def scored(pattern):
+        groups = [trainer.rollouts.admit(0, [2]) for _ in pattern]
+        for group, kind in zip(groups, pattern, strict=True):
+            for place, row in enumerate(group.trajectories):
+                row.rewards = [float(place) if kind == "S" else 1.0]
+        trainer._counted = Counter()
+        trainer._drop_without_spread(groups)
+
+    scored("ddddSddddSdddd")
+    scored("Sdddd")
+    assert trainer.rollouts.dropped == 16
+    with pytest.raises(RuntimeError, match="5 groups in a row had equal rewards"):
+        scored("dS")
 
 
 def test_rows_no_function_can_score_have_no_part(tmp_path):
@@ -661,9 +828,21 @@ def test_a_cache_the_model_asks_for_is_used(tmp_path):
     assert within(difference(trainer.model, plain.model), "grpo_weights")
 
 
-def test_a_wrong_number_of_rewards_stops_the_run(tmp_path):
-    with pytest.raises(RuntimeError, match="1 rewards for"):
-        make_trainer(tmp_path, reward=lambda completions, **kwargs: [1.0]).train()
+def test_dropout_is_refused_where_there_is_some(tmp_path):
+    args = ChunkwiseGRPOConfig(**settings(tmp_path, disable_dropout=False))
+    refused(tmp_path, ValueError, "has dropout of 0.1: .*Leave disable_dropout=True", model=gpt2(), args=args)
+    refused(tmp_path, ValueError, "has dropout of 0.3", model=make_policy(attention_dropout=0.3), args=args)
+    refused(tmp_path, ValueError, "has dropout of 0.2", peft_config=lora(0.2), args=args)
+    make_trainer(tmp_path, disable_dropout=False, peft_config=lora(0.0))
+
+
+def test_a_sharded_reference_is_refused_before_it_is_saved(tmp_path):
+    """Accelerate shards on accelerators alone: here its flag stands for it."""
+    trainer = make_trainer(tmp_path)
+    trainer._refuse_sharded_reference()
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="sync_ref_model=True with FSDP or DeepSpeed"):
+        trainer._refuse_sharded_reference()
 
 
 def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
@@ -673,6 +852,10 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
     for changes, message in (
         ({"seed": 4}, "seed=3, now it is 4"),
         ({"dataset": prompts(32)}, "prompts_in_dataset=64, now it is 32"),
+        ({"dataset": prompts(64, seed=77)}, "prompts_digest=.*Resume with the same data"),
+        ({"dataset": prompts().select(range(63, -1, -1))}, "prompts_digest="),
+        ({"reward": [share_of_digits, Recorder()]}, r"reward_functions=\['share_of_digits'\], now it is .*'recorder'"),
+        ({"reward": Recorder()}, r"reward_functions=\['share_of_digits'\], now it is \['recorder'\]"),
         ({"max_completion_length": 30}, "max_completion_length=24"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -746,9 +929,32 @@ def test_the_private_methods_of_trl_are_as_they_were():
         assert list(inspect.signature(getattr(GRPOTrainer, name)).parameters) == arguments, name
     used = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
     assert list(used)[:6] == ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"]
+    begun = inspect.signature(Trainer._init_training_state).parameters
+    assert list(begun)[:4] == ["self", "max_steps", "num_update_steps_per_epoch", "num_train_epochs"]
     source = inspect.getsource(GRPOTrainer)
     for name in ("_buffered_inputs", "_pending_extra_logs", "generation_kwargs", "eos_token_ids", "_dist", "_is_vlm"):
         assert f"self.{name}" in source, name
+
+
+def test_the_private_methods_of_trl_return_what_they_did(tmp_path):
+    """The shapes that this trainer's own versions, which serve stored rows, must have."""
+    trainer = GRPOTrainer(
+        make_policy(),
+        [share_of_digits, share_of_digits],
+        args=GRPOConfig(**settings(tmp_path)),
+        train_dataset=prompts(),
+        processing_class=make_tokenizer(),
+    )
+    prompt_ids, images, fields = trainer._tokenize_prompts(["12=", "345="])
+    assert [len(ids) for ids in prompt_ids] == [3, 4]
+    assert (images, fields) == (None, {})
+    completion_ids, logprobs = trainer._generate_single_turn(prompt_ids, images, fields, 1, False)
+    assert all(isinstance(ids, list) and isinstance(ids[0], int) for ids in completion_ids)
+    assert logprobs is None
+    texts = trainer.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
+    rewards = trainer._calculate_rewards(list(prompts(2)), ["12=", "345="], texts, completion_ids)
+    assert rewards.shape == (2, 2)
+    assert torch.equal(rewards[:, 0], torch.tensor(share_of_digits(["12=", "345="], texts)))
 
 
 def test_what_trl_hands_on_has_the_expected_keys(tmp_path):

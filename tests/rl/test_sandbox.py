@@ -163,6 +163,21 @@ def test_a_bomb_of_processes(mode, tmp_path):
     assert run_python(threads).stdout == "thread\n"
 
 
+def test_the_program_stays_bound_to_its_launcher_and_has_no_files_in_memory(mode):
+    if "seccomp" in mode:
+        pytest.skip("the filter of system calls does it")
+    code = """
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+print(libc.prctl(1, 0, 0, 0, 0), ctypes.get_errno(), libc.prctl(15, b"name", 0, 0, 0))
+try: os.memfd_create("hidden")
+except PermissionError: print("refused")
+"""
+    result = run_python(code)
+    needs(result, "process_limit", "no_signals")
+    assert result.stdout == "-1 1 0\nrefused\n", result
+
+
 def test_nothing_is_written_or_read_elsewhere(mode, tmp_path):
     secret = tmp_path / "expected.txt"
     secret.write_text("the expected output")
@@ -321,6 +336,8 @@ def test_the_filter_of_system_calls(machine):
         assert ask("prlimit64", 0, 9, 0) == allow
         assert ask("prlimit64", 0, 9, 2**40) != allow
         assert ask("setrlimit", 9, 5) != allow
+        assert ask("prctl", 1, 0) != allow  # what it dies with
+        assert ask("prctl", 15) == allow  # its name
         ordinary = (0, 1, 9, 63) if machine == "x86_64" else (56, 63, 64, 222)  # read, write, mmap, uname; openat ...
         assert all(filtered(program, machine, number, 5) == allow for number in ordinary)
         assert filtered(program, machine, ordinary[0], architecture=0x40000003) == 0x80000000  # 32-bit calls: killed

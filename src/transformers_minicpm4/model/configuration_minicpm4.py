@@ -48,6 +48,9 @@ class MiniCPM4Config(LlamaConfig):
     """
 
     model_type = "minicpm4"
+    # No remote code. TRL asks a config for it where Transformers has no class of the architecture's name; an attribute
+    # of the class, not a field: nothing is written to config.json.
+    auto_map = {}
 
     # Redeclared where the released code's default is not Llama's: the 0.5B config does not name it.
     tie_word_embeddings: bool = True

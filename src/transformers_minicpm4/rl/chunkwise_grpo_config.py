@@ -76,6 +76,10 @@ class ChunkwiseGRPOConfig(GRPOConfig):
             As in `GRPOConfig`, but on: completions that reach the length limit leave the loss (overlong filtering).
         ref_model_mixup_alpha (`float`, *optional*, defaults to `1.0`):
             As in `GRPOConfig`, but 1: with `sync_ref_model` the reference is replaced, not mixed.
+        disable_dropout (`bool`, *optional*, defaults to `True`):
+            As in `GRPOConfig`, but on, and for attention's and adapters' dropout too: the importance ratio compares
+            two passes, and with other units dropped in each it would be noise. `False` is refused where there is
+            dropout.
     """
 
     chunk_length: int | None = field(
@@ -152,6 +156,10 @@ class ChunkwiseGRPOConfig(GRPOConfig):
     )
     ref_model_mixup_alpha: float = field(
         default=1.0, metadata={"help": "Share of the policy in the new reference; 1 replaces it."}
+    )
+    disable_dropout: bool = field(
+        default=True,
+        metadata={"help": "Sample and train without dropout, LoRA's too. False is refused where there is dropout."},
     )
 
     def __post_init__(self):

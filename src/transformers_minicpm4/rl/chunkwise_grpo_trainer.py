@@ -9,7 +9,6 @@ tokens of a completion, F reward functions.
 
 from __future__ import annotations
 
-import os
 import textwrap
 import time
 from collections import Counter
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import GenerationConfig, LogitsProcessorList, ProcessorMixin, StoppingCriteriaList
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -27,9 +26,11 @@ from trl.chat_template_utils import parse_response
 from trl.data_utils import is_conversational
 from trl.models import unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import RepeatSampler, nanstd
+from trl.trainer.utils import RepeatSampler
 
+from .checkpoints import REFERENCE, STORE, damage_of, digest_of, packed, save_atomically, unpacked
 from .chunkwise_grpo_config import PER_CALL_RULES, ChunkwiseGRPOConfig
+from .dropout import dropout_places, switch_off_dropout
 from .garble import REASONS, GarbleFilter
 from .reward_guard import RewardError, guarded
 from .rollout_store import Group, RolloutStore, Trajectory
@@ -37,9 +38,6 @@ from .sampling import Budgets, LogprobRecorder, TrajectorySampler, prefill
 
 
 logger = logging.get_logger(__name__)
-
-STORE = "rollout_store.safetensors"
-REFERENCE = "reference_model.safetensors"
 
 
 class ChunkwiseGRPOTrainer(GRPOTrainer):
@@ -131,12 +129,22 @@ class ChunkwiseGRPOTrainer(GRPOTrainer):
         )
         if self._is_vlm:
             raise ValueError("ChunkwiseGRPOTrainer trains text models; this one comes with a multimodal processor.")
+        if args.sync_ref_model and args.save_strategy != "no":
+            self._refuse_sharded_reference()
         left = self.model.generation_config
         rules = [name for name in PER_CALL_RULES if getattr(left, name, None) not in (None, 0)]
         if rules:
             raise ValueError(
                 f"the model's generation_config has {', '.join(rules)}, which generate would apply to each chunk as "
                 f"if it were a whole completion. Set model.generation_config.{rules[0]} = None."
+            )
+        if args.disable_dropout:
+            switch_off_dropout(self.model)  # TRL's own way leaves attention's and adapters'
+        elif (most := max((probability for *_, probability in dropout_places(self.model)), default=0)) > 0:
+            raise ValueError(
+                f"disable_dropout=False, and the model, or its adapter, has dropout of {most}: log-probabilities of "
+                "two passes would differ by what each drops, and the importance ratio compares two. Leave "
+                "disable_dropout=True."
             )
         groups_per_batch = args.generation_batch_size // args.num_generations
         if len(self.train_dataset) < groups_per_batch:
@@ -152,6 +160,7 @@ class ChunkwiseGRPOTrainer(GRPOTrainer):
             args.max_staleness,
         )
         self._prompts = _PromptOrder(self)
+        self._prompts_digest: str | None = None
         self._reward_errors: list[str] = []
         self.reward_funcs = [
             guarded(function, name, args.reward_timeout, self._reward_errors)
@@ -212,7 +221,6 @@ class ChunkwiseGRPOTrainer(GRPOTrainer):
             self._score_finished()
             batch = store.take()
             if batch is not None:
-                self._dropped_in_a_row = 0
                 return batch
 
     def _example(self, group: Group) -> dict:
@@ -383,6 +391,7 @@ class ChunkwiseGRPOTrainer(GRPOTrainer):
         return [[{"role": "assistant", "content": text}] for text in texts]
 
     def _drop_without_spread(self, groups: list[Group]) -> None:
+        limit = self.args.max_resampled_batches * self.rollouts.groups_per_batch
         for group in groups:
             rewards = torch.tensor([row.rewards for row in group.trajectories])
             # Unscorable rows have no part in the spread, as they have none in TRL's baseline.
@@ -390,20 +399,20 @@ class ChunkwiseGRPOTrainer(GRPOTrainer):
             values = (rewards * self.reward_weights.cpu()).nansum(dim=1, keepdim=True)
             if self.multi_objective_aggregation == "normalize_then_sum":
                 values = rewards[:, self.reward_weights.cpu() != 0]  # each has a baseline of its own
-            spread = [nanstd(column[~column.isnan()]) for column in values.T if (~column.isnan()).sum() > 1]
-            if all(torch.isclose(value, torch.zeros(())) for value in spread):
-                self.rollouts.drop(group)
-                self._counted["groups_dropped"] += 1
-                self._dropped_in_a_row += 1
-        limit = self.args.max_resampled_batches * self.rollouts.groups_per_batch
-        if self._dropped_in_a_row > limit:
-            last = [row.rewards for row in groups[-1].trajectories]
-            raise RewardError(
-                f"{self._dropped_in_a_row} groups in a row had equal rewards for all {self.num_generations} "
-                f"completions (the last: {last}), more than max_resampled_batches={self.args.max_resampled_batches} "
-                "batches. Nothing can be learned from them: look at the rewards (too easy, too hard, or a fault), or "
-                "set dynamic_sampling=False."
-            )
+            if any(_spread(column[~column.isnan()]) for column in values.T):
+                self._dropped_in_a_row = 0
+                continue
+            self.rollouts.drop(group)
+            self._counted["groups_dropped"] += 1
+            self._dropped_in_a_row += 1
+            if self._dropped_in_a_row > limit:
+                last = [row.rewards for row in group.trajectories]
+                raise RewardError(
+                    f"{self._dropped_in_a_row} groups in a row had equal rewards for all {self.num_generations} "
+                    f"completions (the last: {last}), more than max_resampled_batches="
+                    f"{self.args.max_resampled_batches} batches. Nothing can be learned from them: look at the "
+                    "rewards (too easy, too hard, or a fault), or set dynamic_sampling=False."
+                )
 
     # --- What TRL's code asks for while it works on served rows ----------------------------------------------------
 
@@ -487,21 +496,49 @@ class ChunkwiseGRPOTrainer(GRPOTrainer):
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._last_complete_checkpoint()
+        elif resume_from_checkpoint:
+            damage = damage_of(Path(resume_from_checkpoint))
+            if damage is not None:
+                raise ValueError(f"{resume_from_checkpoint} cannot be resumed: {damage}")
+        elif self._checkpoints() and self.args.save_strategy != "no":
+            raise ValueError(
+                f"{self.args.output_dir} has checkpoints of an earlier run (the last is "
+                f"{self._checkpoints()[-1].name}). To go on from there, train(resume_from_checkpoint=True), which is "
+                "--resume_from_checkpoint on the command line; to start anew, give another output_dir or remove them: "
+                "those of both runs would be mixed, and save_total_limit would delete the new ones first."
+            )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _checkpoints(self) -> list[Path]:
+        """Folders in `output_dir`, by their step."""
+        numbered = [
+            (int(path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")), path)
+            for path in Path(self.args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+            if path.is_dir() and path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-").isdigit()
+        ]
+        return [path for _, path in sorted(numbered)]
+
     def _last_complete_checkpoint(self) -> str | bool:
-        """A process that was killed while it saved leaves a checkpoint that lacks its last file."""
-        folders = sorted(
-            (path for path in Path(self.args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()),
-            key=lambda path: int(path.name.rsplit("-", 1)[1]) if path.name.rsplit("-", 1)[1].isdigit() else -1,
-        )
+        """A process that was killed while it saved leaves a checkpoint that lacks its last file, or the end of it."""
+        folders = self._checkpoints()
         for folder in reversed(folders):
-            state = folder / "trainer_state.json"
-            if state.is_file() and state.stat().st_size and (folder / STORE).is_file():
+            damage = damage_of(folder)
+            if damage is None:
                 return str(folder)
-            logger.warning(f"{folder} is not complete (the process was stopped while it saved); an older one is used.")
+            logger.warning(f"{folder} is passed over: {damage}")
+        if folders:
+            raise ValueError(
+                f"none of the {len(folders)} checkpoint(s) in {self.args.output_dir} can be resumed. "
+                f"{folders[-1].name}: {damage_of(folders[-1])} Begin without resuming, in another output_dir or after "
+                "removing them."
+            )
         # Let Trainer say that there is none.
         return True
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args):
+        begun = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
+        # Trainer looks whether it is done after a step only, and would make one too many.
+        return (num_train_epochs, 0) if self.state.global_step >= max_steps else begun
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -509,18 +546,18 @@ class ChunkwiseGRPOTrainer(GRPOTrainer):
         # Ours first: Trainer deletes old checkpoints at the end of its own saving.
         between = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
         if between:
-            _save_atomically(_packed(self._buffered_inputs), folder / self._buffer_name())
+            save_atomically(packed(self._buffered_inputs), folder / self._buffer_name())
         if self.args.sync_ref_model:
             state = self.accelerator.get_state_dict(self.ref_model)
             if self.args.should_save:
                 # Clones: tied weights share memory, which the file format refuses.
-                _save_atomically({name: tensor.clone() for name, tensor in state.items()}, folder / REFERENCE)
+                save_atomically({name: tensor.clone() for name, tensor in state.items()}, folder / REFERENCE)
         if self.args.should_save:
             self.rollouts.save(
                 folder / STORE,
                 prompts=self._prompts.state(),
                 seed=self.args.seed,
-                prompts_in_dataset=len(self.train_dataset),
+                **self._data(),
                 **self._phases(),
                 micro_steps=self._step,
                 between_batches=not between,
@@ -533,17 +570,13 @@ class ChunkwiseGRPOTrainer(GRPOTrainer):
         if checkpoint is None:
             return
         path = Path(checkpoint) / STORE
-        if not path.is_file():
-            raise ValueError(
-                f"{checkpoint} has no {STORE}: it was written by another trainer, or its saving was cut off. To go on "
-                f"from its weights with an empty store, start ChunkwiseGRPOTrainer(model={str(checkpoint)!r}, ...)."
-            )
         facts = self.rollouts.load(path)
-        for name, now in (("seed", self.args.seed), ("prompts_in_dataset", len(self.train_dataset))):
+        for name, now in (("seed", self.args.seed), *self._data().items()):
             if facts[name] != now:
                 raise ValueError(
                     f"{path} was written with {name}={facts[name]}, now it is {now}: the unfinished rollouts would "
-                    "not fit. Resume with the same data and seed."
+                    "not fit. Resume with the same data, seed and reward functions, or start a new run, in another "
+                    f"output_dir, from its weights: ChunkwiseGRPOTrainer(model={str(checkpoint)!r}, ...)."
                 )
         if not facts["between_batches"]:
             for name, now in self._phases().items():
@@ -557,19 +590,32 @@ class ChunkwiseGRPOTrainer(GRPOTrainer):
         self._dropped_in_a_row = facts["dropped_in_a_row"]
         self._step = 0 if facts["between_batches"] else facts["micro_steps"]
         if not facts["between_batches"]:
-            self._buffered_inputs = _unpacked(
+            self._buffered_inputs = unpacked(
                 load_file(Path(checkpoint) / self._buffer_name()), self.args.steps_per_generation, self.args.device
             )
         reference = Path(checkpoint) / REFERENCE
         if self.args.sync_ref_model:
             if not reference.is_file():
                 raise ValueError(f"{checkpoint} has no {REFERENCE}, which sync_ref_model=True needs to go on.")
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise NotImplementedError(
-                    "resuming with sync_ref_model=True is not supported with FSDP or DeepSpeed: the reference is "
-                    "sharded. Start a new run from the checkpoint's weights, or set sync_ref_model=False."
-                )
+            self._refuse_sharded_reference()
             self.accelerator.unwrap_model(self.ref_model).load_state_dict(load_file(reference), strict=False)
+
+    def _refuse_sharded_reference(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "sync_ref_model=True with FSDP or DeepSpeed: the reference is sharded, and no run can be resumed with "
+                "it. Set sync_ref_model=False, or train without checkpoints: save_strategy='no'."
+            )
+
+    def _data(self) -> dict:
+        """What rollouts in the store refer to: rows of the dataset, and columns of their rewards."""
+        if self._prompts_digest is None:
+            self._prompts_digest = digest_of(self.train_dataset)
+        return {
+            "prompts_in_dataset": len(self.train_dataset),
+            "prompts_digest": self._prompts_digest,
+            "reward_functions": list(self.reward_func_names),
+        }
 
     def _phases(self) -> dict[str, int]:
         """How a batch is cut into steps."""
@@ -619,6 +665,13 @@ class _PromptOrder:
         return self.order[self.place - 1]
 
 
+def _spread(values: torch.Tensor) -> bool:
+    """Whether rewards differ by more than the rounding of float32 sums. (Equal ones have no mean that equals them.)"""
+    if len(values) < 2:
+        return False
+    return bool(values.max() - values.min() > 1e-6 * values.abs().max() + 1e-8)
+
+
 def _share(rows: list, accelerator) -> list:
     """This process's stretch of `rows`, which divide evenly: all take part in every call."""
     width = len(rows) // accelerator.num_processes
@@ -630,29 +683,3 @@ def _left_padded(rows: list[list[int]], pad: int, device) -> tuple[torch.Tensor,
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
     lengths = torch.tensor([len(row) for row in rows], device=device)
     return ids, (torch.arange(width, device=device) >= width - lengths[:, None]).long()
-
-
-def _packed(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {
-        f"{place}.{name}": tensor.detach().cpu().contiguous().clone()
-        for place, batch in enumerate(batches)
-        for name, tensor in batch.items()
-        if isinstance(tensor, torch.Tensor)
-    }
-
-
-def _unpacked(tensors: dict[str, torch.Tensor], size: int, device) -> list[dict[str, torch.Tensor]]:
-    batches = [{} for _ in range(size)]
-    for key, tensor in tensors.items():
-        place, name = key.split(".", 1)
-        batches[int(place)][name] = tensor.to(device)
-    return batches
-
-
-def _save_atomically(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 import signal
 import threading
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -21,17 +23,23 @@ class RewardError(RuntimeError):
     """Rewards that training cannot go on with."""
 
 
-class RewardTimeout(Exception):
-    """A reward function took longer than `reward_timeout`."""
+class RewardTimeout(BaseException):
+    """
+    A reward function took longer than `reward_timeout`. Not an `Exception`: reward functions catch those, row by row,
+    and would score on.
+    """
 
 
 @contextmanager
 def deadline(seconds: float | None):
     """
-    Raise `RewardTimeout` in the main thread after `seconds`, also out of a blocking call such as a socket's.
+    Raise `RewardTimeout` in the main thread after `seconds`, also out of a blocking call such as a socket's, and in
+    any case at the end of what took longer.
 
-    A watcher sends SIGALRM, and again each second, for the code inside may have put a handler of its own in place for
-    a while (math-verify does). Outside the main thread, and where threads cannot be sent signals, there is no limit.
+    Two clocks send SIGALRM, again each second. The kernel's timer also reaches code that never lets another Python
+    thread run (a regular expression that backtracks). A watching thread takes its place where the code inside has set
+    that timer for itself and has a handler of its own for a while (math-verify does). Outside the main thread, and on
+    systems without such signals, there is no limit.
     """
     main = threading.main_thread()
     if seconds is None or threading.current_thread() is not main or not hasattr(signal, "pthread_kill"):
@@ -39,7 +47,9 @@ def deadline(seconds: float | None):
         return
 
     def late(number, frame):
+        nonlocal fired
         if not over.is_set():
+            fired = True
             raise RewardTimeout
 
     def watch():
@@ -48,16 +58,51 @@ def deadline(seconds: float | None):
             signal.pthread_kill(main.ident, signal.SIGALRM)
             wait = 1.0
 
-    over = threading.Event()
+    over, fired = threading.Event(), False
+    began = time.monotonic()
     before = signal.signal(signal.SIGALRM, late)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        yield
+        try:
+            yield
+        finally:
+            over.set()
+        # Whoever caught the interruption has gone on with something made up.
+        if fired or time.monotonic() - began > seconds:
+            raise RewardTimeout
+    except Exception:
+        if fired:
+            raise RewardTimeout from None
+        raise
     finally:
         over.set()
         watcher.join()
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, before)
+        if timer[0]:
+            # Somebody else's, around all this.
+            signal.setitimer(signal.ITIMER_REAL, max(timer[0] - (time.monotonic() - began), 1e-3), timer[1])
+
+
+class _Loop:
+    """
+    An event loop in a thread of its own for the rewards that are `async`. TRL's loop waits for it with a time limit,
+    and goes on when a reward function blocks it.
+    """
+
+    def __init__(self):
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, name="async rewards", daemon=True).start()
+
+    async def run(self, coroutine, seconds: float | None):
+        return await asyncio.wait_for(
+            asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self.loop)), seconds
+        )
+
+
+_own_loop = functools.cache(_Loop)
 
 
 def guarded(function: Callable, name: str, seconds: float | None, errors: list[str]) -> Callable:
@@ -68,7 +113,7 @@ def guarded(function: Callable, name: str, seconds: float | None, errors: list[s
     if isinstance(function, nn.Module):
         return function
 
-    def failed(error: Exception, rows: int) -> list[float]:
+    def failed(error: BaseException, rows: int) -> list[float]:
         logger.error(f"reward function {name!r}", exc_info=error)
         if isinstance(error, RewardTimeout | asyncio.TimeoutError):
             errors.append(
@@ -82,6 +127,8 @@ def guarded(function: Callable, name: str, seconds: float | None, errors: list[s
         values = [None if value is None else float(value) for value in rewards]
         if len(values) != rows:
             raise ValueError(f"{len(values)} rewards for {rows} completions; one for each is needed")
+        if any(value is not None and math.isinf(value) for value in values):
+            raise ValueError("an infinite reward; give a number, or None for no reward")
         return values
 
     if is_async_callable(function):
@@ -89,9 +136,12 @@ def guarded(function: Callable, name: str, seconds: float | None, errors: list[s
         @functools.wraps(function)
         async def run(prompts, completions, **kwargs):
             try:
-                rewards = await asyncio.wait_for(function(prompts=prompts, completions=completions, **kwargs), seconds)
+                coroutine = function(prompts=prompts, completions=completions, **kwargs)
+                rewards = await _own_loop().run(coroutine, seconds)
                 return checked(rewards, len(prompts))
             except Exception as error:
+                if isinstance(error, asyncio.TimeoutError):
+                    _own_loop.cache_clear()  # it may be blocked, and there may be another run in this process
                 return failed(error, len(prompts))
 
         return run
@@ -101,7 +151,7 @@ def guarded(function: Callable, name: str, seconds: float | None, errors: list[s
             with deadline(seconds):
                 rewards = function(prompts=prompts, completions=completions, **kwargs)
             return checked(rewards, len(prompts))
-        except Exception as error:
+        except (Exception, RewardTimeout) as error:
             return failed(error, len(prompts))
 
     return run

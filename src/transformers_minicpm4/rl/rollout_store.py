@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass

@@ -130,19 +130,22 @@ _CALLS = {
     "process_vm_writev": (311, 271), "socket": (41, 198), "io_uring_setup": (425, 425), "unshare": (272, 97),
     "setns": (308, 268), "mount": (165, 40), "bpf": (321, 280), "add_key": (248, 217), "request_key": (249, 218),
     "keyctl": (250, 219), "perf_event_open": (298, 241), "userfaultfd": (323, 282), "setrlimit": (160, 164),
-    "prlimit64": (302, 261), "pidfd_getfd": (438, 438), "process_madvise": (440, 440),
+    "prlimit64": (302, 261), "pidfd_getfd": (438, 438), "process_madvise": (440, 440), "memfd_create": (319, 279),
+    "memfd_secret": (447, 447), "prctl": (157, 167),
 }  # fmt: skip
 _REFUSED = (
     "rt_sigqueueinfo", "rt_tgsigqueueinfo", "pidfd_send_signal", "ptrace", "process_vm_readv", "process_vm_writev",
     "socket", "io_uring_setup", "unshare", "setns", "mount", "bpf", "add_key", "request_key", "keyctl",
     "perf_event_open", "userfaultfd", "pidfd_getfd", "process_madvise", "tkill",
+    "memfd_create", "memfd_secret",
 )  # fmt: skip
 
 
 def _seccomp_program(machine: str, pid: int, processes: int) -> list[tuple[int, int, int, int]] | None:
     """
     Instructions (code, jump if true, jump if false, constant) of a filter of system calls, None on other machines:
-    no process but threads, no signal but to itself, no socket; limits cannot be changed (the call does nothing).
+    no process but threads, no signal but to itself, no socket, no file in memory, which no limit would count; limits
+    cannot be changed (the call does nothing), nor what happens to it when the launcher dies.
     """
     column = {"x86_64": 0, "aarch64": 1, "arm64": 1}.get(machine)
     if column is None or struct.calcsize("P") != 8 or sys.byteorder != "little":
@@ -162,6 +165,8 @@ def _seccomp_program(machine: str, pid: int, processes: int) -> list[tuple[int, 
     for name in ("kill", "tgkill"):
         code += [(equal, 0, 4, number[name]), (load, 0, 0, first), (equal, 0, 1, pid), (ret, 0, 0, allow)]
         code += [(ret, 0, 0, refuse)]
+    code += [(equal, 0, 4, number["prctl"]), (load, 0, 0, first), (equal, 0, 1, _PR_SET_PDEATHSIG)]
+    code += [(ret, 0, 0, refuse), (ret, 0, 0, allow)]
     code += [(equal, 0, 1, number["setrlimit"]), (ret, 0, 0, ignore)]
     # prlimit64 reads a limit where its third argument, the new one, is null.
     code += [(equal, 0, 6, number["prlimit64"]), (load, 0, 0, first + 16), (equal, 0, 3, 0), (load, 0, 0, first + 20)]
