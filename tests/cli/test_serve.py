@@ -77,6 +77,25 @@ def test_it_answers_and_stops_at_an_interrupt(checkpoint):
     assert "Error" not in rest
 
 
+def test_it_stops_while_steps_are_compiled(checkpoint):
+    command = [sys.executable, "-m", "transformers_minicpm4.cli.main", "serve", str(checkpoint)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, "--port", "0", "--context", "128"], stderr=subprocess.PIPE, text=True, env=environment
+    )
+    with process:
+        try:
+            told = next(line for line in process.stderr if "compiled" in line or "Ctrl-C stops" in line)
+            if "compiled" not in told:
+                pytest.skip("no compiler: there is nothing to interrupt")
+            next(line for line in process.stderr if "Ctrl-C stops" in line)
+            process.send_signal(signal.SIGINT)
+            rest = process.communicate(timeout=60)[1]
+        finally:
+            process.kill()
+    assert (process.returncode, rest) == (130, "[stopped in the midst of a computation]\n")
+
+
 def test_a_taken_port_is_told_before_a_model_is_loaded(run_cli):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import copy
 import json
+import logging
 import socket
 import threading
 import time
@@ -15,8 +16,9 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LogitsProcessor
 
 from transformers_minicpm4.cli.assets import smollm2_path
+from transformers_minicpm4.edge import server as server_module
 from transformers_minicpm4.edge.engine import EdgeEngine
-from transformers_minicpm4.edge.server import ChatServer, _event, listen, make_app, make_server
+from transformers_minicpm4.edge.server import MAX_BODY_BYTES, ChatServer, _event, _Reply, listen, make_app, make_server
 from transformers_minicpm4.edge.server_schema import ApiError, read_request
 from transformers_minicpm4.edge.server_text import TAGS, AnswerReader, PromptMaker, opening_of
 from transformers_minicpm4.generation.drafts import PromptLookupDraft
@@ -225,6 +227,21 @@ def test_seeds_repeat_and_differ(server):
     assert len(set(texts)) == 3
 
 
+@pytest.mark.parametrize("top_k", [0, -1])
+def test_what_is_switched_off_is_off(server, reference, monkeypatch, top_k):
+    monkeypatch.setattr(server.line.engine.model.generation_config, "top_k", 1)
+    monkeypatch.setattr(server.line.engine.model.generation_config, "repetition_penalty", 0.01)
+    sampled, greedy = {"temperature": 1.2, "seed": 5}, {"temperature": 0}
+    free = reference.generate(user("Hi"), max_new_tokens=8, do_sample=True, top_k=0, temperature=1.2, seed=5)
+    likeliest = reference.generate(user("Hi"), max_new_tokens=8)
+    off = {"extra_body": {"top_k": top_k, "min_p": 0, "repetition_penalty": 1}}
+    assert server.ask(**sampled, **off).choices[0].message.content == free.text.strip()
+    assert server.ask(**greedy, **off).choices[0].message.content == likeliest.text.strip()
+    assert server.ask(temperature=None, **off).choices[0].message.content == likeliest.text.strip()
+    left_open = server.ask(**sampled).choices[0].message.content
+    assert left_open == server.ask(**greedy).choices[0].message.content != likeliest.text.strip()
+
+
 @pytest.mark.parametrize("text", ["你好，世界 😀👩🏽‍🚀", "line\u2028end\x85 é", '[a "quoted" {text}]\\n'])
 def test_text_in_pieces_is_whole_again(server, text):
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": text}}}
@@ -334,22 +351,6 @@ def test_a_call_and_its_result_go_back_into_the_prompt(server, say, tokenizer):
     last = server.ask(history, tools=[WEATHER])
     assert last.choices[0].message.content == "fine"
     assert last.usage.prompt_tokens == len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-
-
-def test_templates_with_tools_get_them(make_engine, tokenizer):
-    engine = make_engine()
-    engine.tokenizer = copy.deepcopy(tokenizer)
-    engine.tokenizer.chat_template = "{{ tools | tojson }}{{ messages | tojson }}{{ enable_thinking }}"
-    call = {"id": "a", "type": "function", "function": {"name": "get-weather", "arguments": '{"city": "Bern"}'}}
-    messages = [*user("Hi"), {"role": "assistant", "content": None, "tool_calls": [call]}]
-    body = {"model": NAME, "messages": messages, "tools": [WEATHER], "reasoning_effort": "none"}
-    maker = PromptMaker(engine)
-    text = maker.text(read_request(body))
-    assert maker.template_has_tools
-    assert '"arguments": {"city": "Bern"}' in text
-    assert "天气" in text
-    assert text.endswith("False")
-    assert "# Functions" not in text
 
 
 def test_a_thought_that_the_template_opens_belongs_to_the_answer(server, say, monkeypatch):
@@ -502,6 +503,80 @@ def test_a_failing_answer_does_not_break_the_next(server, monkeypatch, capfd, re
     capfd.readouterr()
 
 
+def test_a_long_prompt_does_not_hold_up_a_short_one(server, monkeypatch, reference):
+    entered, gate, prepare = threading.Event(), threading.Event(), ChatServer.prepare
+
+    def slow(self, request, job):
+        if len(request.messages[0]["content"]) > 1000:
+            entered.set()
+            gate.wait(20)
+        prepare(self, request, job)
+
+    monkeypatch.setattr(ChatServer, "prepare", slow)
+    long = [server.send({**GOOD, "messages": user("word " * 20_000)}) for _ in range(40)]  # more than threads
+    assert entered.wait(20)
+    assert server.ask().choices[0].message.content == reference.generate(user("Hi"), max_new_tokens=8).text.strip()
+    assert not gate.is_set()
+    gate.set()
+    for sock in long:
+        with sock:
+            assert sock.recv(30).startswith(b"HTTP/1.1 400")
+
+
+def test_reading_a_body_does_not_hold_up_the_rest(server, monkeypatch):
+    entered, gate, read = threading.Event(), threading.Event(), server_module.read_json
+
+    def slow(body):
+        entered.set()
+        assert gate.wait(20)
+        return read(body)
+
+    monkeypatch.setattr(server_module, "read_json", slow)
+    with server.send(GOOD) as sock:
+        assert entered.wait(20)
+        assert server.raw(b"", method="GET", path="/health")[0] == 200
+        gate.set()
+        assert sock.recv(30).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("at", [(ChatServer, "prepare"), (server_module, "read_request"), (ChatServer, "model")])
+def test_a_fault_of_ours_is_said_in_openais_form(server, monkeypatch, caplog, at, stream):
+    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "handlers", [caplog.handler])
+
+    def fail(*args):
+        raise TypeError("a secret")
+
+    monkeypatch.setattr(*at, fail)
+    if at[1] == "model":
+        status, _, answer = server.raw(b"", method="GET", path="/v1/models")
+    else:
+        status, _, answer = server.raw({**GOOD, "stream": stream})
+    message = "the request failed: TypeError."
+    error = {"message": message, "type": "server_error", "param": None, "code": None}
+    assert (status, json.loads(answer)) == (500, {"error": error})
+    server.wait(running=0, waiting=0)
+    assert "a secret" in caplog.text
+    monkeypatch.undo()
+    assert server.raw(GOOD)[0] == 200
+
+
+def test_a_fault_in_the_midst_of_a_stream_is_its_last_event(server, monkeypatch, capfd):
+    chunk = _Reply._chunk
+
+    def fail(self, delta, *args, **options):
+        if not delta:
+            raise TypeError("a secret")
+        return chunk(self, delta, *args, **options)
+
+    monkeypatch.setattr(_Reply, "_chunk", fail)
+    with pytest.raises(openai.APIError, match="TypeError") as error:
+        server.stream("Hi")
+    assert "a secret" not in str(error.value)
+    assert "a secret" in capfd.readouterr().err
+    server.wait(running=0, waiting=0)
+
+
 # ------------------------------------------------------------------------------------------------------- bad requests
 
 CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -588,6 +663,8 @@ def test_bad_bodies_are_refused_in_a_sentence(server):
         refusal(status, answer)
     assert server.raw(GOOD, kind="text/plain")[0] == 415
     assert server.raw(b" " * (17 << 20))[0] == 413
+    assert server.raw(json.dumps(GOOD).encode().ljust(MAX_BODY_BYTES))[0] == 200
+    assert server.raw(json.dumps(GOOD).encode().ljust(MAX_BODY_BYTES + 1))[0] == 413
     status, _, answer = server.raw({**GOOD, "model": "gpt-9"})
     assert (status, refusal(status, answer)["code"]) == (404, "model_not_found")
     for method, path, expected in (("GET", "/v1/chat/completions", 405), ("POST", "/v1/embeddings", 404)):

@@ -2,6 +2,7 @@
 
 import argparse
 import ipaddress
+import os
 import sys
 from pathlib import Path
 
@@ -109,7 +110,12 @@ def run(args) -> int:
             app = make_app(engine, name, queue=args.queue, api_key=args.api_key)
         except ValueError as error:
             raise UserError(one_line(error)) from error
-        make_server(app, ready).run(sockets=[sock])
+        try:
+            make_server(app, ready).run(sockets=[sock])
+        finally:
+            if not app.state.line.ended:  # it cannot be interrupted, and Python's own exit would abort
+                print("[stopped in the midst of a computation]", file=sys.stderr, flush=True)
+                os._exit(130)
     return 0
 
 

@@ -3,8 +3,8 @@ An OpenAI-compatible server over the edge engine: one model, one thread that ans
 
     make_server(make_app(engine, "MiniCPM4-0.5B")).run(sockets=[listen("127.0.0.1", 8000)])
 
-An answer is that of `engine.generate` for the rendered prompt. Requests are answered in the order in which they came;
-one that follows on an earlier one's text finds it in the engine's cache.
+An answer is that of `engine.generate` for the rendered prompt. Requests are answered in the order in which their
+prompts are ready; one that follows on an earlier one's text finds it in the engine's cache.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import os
 import socket
 import time
+import traceback
 import uuid
 from collections.abc import Callable
 
@@ -27,8 +28,13 @@ from .server_schema import ApiError, ChatRequest, read_json, read_request
 from .server_text import AnswerReader, PromptMaker, whole_message
 
 
-MAX_BODY_BYTES = 16 << 20
-MAX_DRAINED_BYTES = 8 * MAX_BODY_BYTES
+# JSON is read in one go, and nothing else runs meanwhile: at worst a few tenths of a second for this much.
+MAX_BODY_BYTES = 2 << 20
+# For contexts that need more: Chinese with every character as \uXXXX takes about ten.
+BODY_BYTES_A_TOKEN = 16
+MAX_DRAINED_BYTES = 128 << 20
+# Up to here a body's prompt is ready in some hundredths of a second.
+SHORT_BODY_BYTES = 64 << 10
 # A stream says something at least this often, or proxies close it.
 SILENT_SECONDS = 15
 # JSON may hold them as they are, but some readers of event streams take them for the end of a line.
@@ -43,7 +49,8 @@ class ChatServer:
         self.prompts = PromptMaker(engine)
         self.line = Line(engine, queue)
         self.begun = int(time.time())
-        # Prompts are made one at a time, in the order in which they came.
+        self.max_body = max(MAX_BODY_BYTES, BODY_BYTES_A_TOKEN * engine.context)
+        # Long prompts and schemas are prepared one at a time, so that threads are left for the others.
         self.preparing = asyncio.Lock()
         self.ends = end_ids(engine.model, engine.tokenizer)
 
@@ -74,9 +81,11 @@ class ChatServer:
     def sampling(self, asked: dict[str, float]) -> dict:
         """What the request leaves open is as in the checkpoint's generation_config; greedy where that is silent."""
         config = self.engine.model.generation_config
-        if not (asked.get("temperature", 1) > 0 if asked else config.do_sample):
+        samples = asked["temperature"] > 0 if "temperature" in asked else "top_p" in asked or config.do_sample
+        if not samples:
             # Neutral values, or `generate` warns of what does nothing without sampling.
-            return {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
+            penalty = {name: asked[name] for name in asked if name == "repetition_penalty"}
+            return {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, **penalty}
         own = {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
         own = {name: value for name, value in own.items() if value is not None}
         return {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, **own, **asked}
@@ -135,21 +144,23 @@ class ChatServer:
         async for piece in request.stream():
             size += len(piece)
             # What is too much is read all the same, since a client that still writes does not listen.
-            body = body + piece if size <= MAX_BODY_BYTES else b""
+            if size <= self.max_body:
+                body.extend(piece)
             if size > MAX_DRAINED_BYTES:
                 break
-        if size > MAX_BODY_BYTES:
-            raise ApiError(f"the body is larger than {MAX_BODY_BYTES:,} bytes; shorten it.", status=413)
-        wanted = read_request(read_json(bytes(body)))
+        if size > self.max_body:
+            raise ApiError(f"the body is larger than {self.max_body:,} bytes; shorten it.", status=413)
+        wanted = await asyncio.to_thread(lambda: read_request(read_json(body)))
         self.check_name(wanted.model)
-        return _Reply(self, wanted)
+        return _Reply(self, wanted, takes_long=size > SHORT_BODY_BYTES or wanted.schema is not None)
 
 
 class _Reply:
     """The response to one request, as an ASGI application."""
 
-    def __init__(self, server: ChatServer, request: ChatRequest):
+    def __init__(self, server: ChatServer, request: ChatRequest, takes_long: bool):
         self.server, self.request, self.line = server, request, server.line
+        self.takes_long, self.begun = takes_long, False
         self.common = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -160,7 +171,7 @@ class _Reply:
         job = self.line.enter(asyncio.get_running_loop())
         watch = asyncio.create_task(self._watch(receive, job))
         try:
-            async with self.server.preparing:
+            async with self.server.preparing if self.takes_long else contextlib.nullcontext():
                 if not job.left:
                     await asyncio.to_thread(self.server.prepare, self.request, job)
             self.line.start(job)
@@ -168,6 +179,11 @@ class _Reply:
                 await self._stream(job, send)
             else:
                 await self._whole(job, scope, receive, send)
+        except Exception as error:
+            if not self.begun:
+                raise  # there is a status for it
+            traceback.print_exc()
+            await send({"type": "http.response.body", "body": _event(_unexpected(error).body()), "more_body": False})
         finally:
             watch.cancel()
             self.line.leave(job)
@@ -195,14 +211,13 @@ class _Reply:
             await _json(answer)(scope, receive, send)
 
     async def _stream(self, job: Job, send) -> None:
-        begun = False
-
         async def write(content: bytes, more: bool = True):
             await send({"type": "http.response.body", "body": content, "more_body": more})
 
         async def begin():
             headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
+            self.begun = True
             await write(self._chunk({"role": "assistant", "content": ""}))
 
         while True:
@@ -210,12 +225,11 @@ class _Reply:
                 event = await asyncio.wait_for(job.events.get(), SILENT_SECONDS)
             except TimeoutError:
                 event = []
-            if isinstance(event, ApiError) and not begun:
+            if isinstance(event, ApiError) and not self.begun:
                 raise event  # in time for a status of its own
             if event is None:
                 return
-            if not begun:
-                begun = True
+            if not self.begun:
                 await begin()
             if event == []:
                 await write(b": waiting\n\n")
@@ -235,6 +249,11 @@ class _Reply:
         choices = [] if delta is None else [{"index": 0, "delta": delta, "finish_reason": finish_reason}]
         chunk = {**self.common, "object": "chat.completion.chunk", "choices": choices}
         return _event({**chunk, "usage": usage} if self.request.include_usage else chunk)
+
+
+def _unexpected(error: Exception) -> ApiError:
+    """What a client hears of a fault of ours; the log has the rest."""
+    return ApiError(f"the request failed: {type(error).__name__}.", status=500)
 
 
 def _encode(value) -> bytes:
@@ -285,6 +304,9 @@ def make_app(engine: EdgeEngine, name: str, *, queue: int = 64, api_key: str | N
         found = ApiError(f"{path}: {error.detail.lower()}; this server has /v1/chat/completions, /v1/models, /health.")
         return _json(found.body(), error.status_code, error.headers)
 
+    async def unexpected(request, error):  # and Starlette hands it on, to be logged
+        return _json(_unexpected(error).body(), 500)
+
     async def gone(request, error):
         return Response()  # nobody reads it
 
@@ -302,7 +324,12 @@ def make_app(engine: EdgeEngine, name: str, *, queue: int = 64, api_key: str | N
             Route("/v1/models/{name:path}", server.one_model),
             Route("/v1/chat/completions", server.chat, methods=["POST"]),
         ],
-        exception_handlers={ApiError: api_error, HTTPException: http_error, ClientDisconnect: gone},
+        exception_handlers={
+            ApiError: api_error,
+            HTTPException: http_error,
+            ClientDisconnect: gone,
+            Exception: unexpected,
+        },
         lifespan=lifespan,
     )
     app.state.line = server.line

@@ -1,5 +1,5 @@
 """
-The requests of the server: one thread answers them in the order in which they came, and a bounded number waits.
+The requests of the server: one thread answers them in the order in which they are ready, and a bounded number waits.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ class Line:
         self._running: Job | None = None
         self._closed = False
         self._seconds = 1.0  # an answer takes, lately
+        self._compiling = engine.compiles
         self._thread = threading.Thread(target=self._work, name="minicpm4-serve", daemon=True)
         engine.on_chunk = self._give_up_if_left
 
@@ -133,8 +134,14 @@ class Line:
             self._changed.notify()
 
     def join(self, seconds: float = 10) -> None:
+        """Let the pass that is going on come to its end. A compiler can take minutes, so it is not waited for."""
         if self._thread.is_alive():
-            self._thread.join(seconds)
+            self._thread.join(0 if self._compiling else seconds)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the thread computes no more. While it does, an exit of Python may abort."""
+        return not self._thread.is_alive()
 
     def _gone(self) -> bool:
         return self._closed or (self._running is not None and self._running.left)
@@ -151,6 +158,7 @@ class Line:
                 return
             except Exception:
                 traceback.print_exc()  # each request will say so, too
+            self._compiling = False
         while True:
             with self._changed:
                 while not self._waiting and not self._closed:

@@ -7,7 +7,9 @@ Fields that would change the answer and are not known here are refused; those th
 
 from __future__ import annotations
 
+import gc
 import json
+import threading
 from dataclasses import dataclass, field
 
 from ..generation.tool_schemas import tool_schemas
@@ -37,6 +39,10 @@ REFUSED = {
     "repetition_penalty": (None, 1),
     "ignore_eos": (None, False),
 }
+# Of these, what such a value switches off may be on in the checkpoint's generation_config.
+SWITCHED_OFF = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+# Held by whoever has switched the collection of garbage off.
+_READING = threading.Lock()
 
 
 class ApiError(Exception):
@@ -66,7 +72,7 @@ class ChatRequest:
         messages: for a chat template; every `content` is a string.
         tools: functions that the model is told of; empty with `tool_choice="none"`.
         schema: JSON schema that the answer has to follow, or `None`.
-        sampling: `temperature` and `top_p`, where they were given; a temperature of 0 is greedy.
+        sampling: `temperature`, `top_p` and what of `SWITCHED_OFF` was given; a temperature of 0 is greedy.
         max_tokens: of the answer; `None` for what the context has room for.
         thinking: what the chat template's `enable_thinking` is set to; `None` leaves it to the template.
     """
@@ -85,15 +91,22 @@ class ChatRequest:
     thinking: bool | None = None
 
 
-def read_json(content: bytes):
+def read_json(content: bytes | bytearray):
     """
     Raises:
         ApiError: no JSON, or nested too deeply to be read.
     """
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(f"the body is no JSON: {str(error)[:200]}.") from error
+    with _READING:
+        # A body of lists would have all of the model's objects looked through for cycles, for seconds.
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            return json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise ApiError(f"the body is no JSON: {str(error)[:200]}.") from error
+        finally:
+            if collects:
+                gc.enable()
 
 
 def read_request(body) -> ChatRequest:
@@ -267,8 +280,8 @@ def _read_sampling(body: dict) -> dict[str, float]:
     given = {"temperature": temperature, "top_p": top_p}
     given = {name: float(value) for name, value in given.items() if value is not None}
     if given.get("temperature", 1) < GREEDY_TEMPERATURE:
-        return {"temperature": 0.0}
-    return given
+        given = {"temperature": 0.0}
+    return given | {name: neutral for name, neutral in SWITCHED_OFF.items() if body.get(name) is not None}
 
 
 def _read_max_tokens(body: dict) -> int | None:

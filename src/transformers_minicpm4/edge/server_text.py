@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+from itertools import pairwise
 
 from ..generation.chat import encode_rendered
 from ..generation.responses import THOUGHTS, ContentDelta, ResponseError, ResponseStream, ThinkingDelta
@@ -17,14 +18,26 @@ from .server_schema import ApiError, ChatRequest
 
 
 TURN_START, TURN_END = "<|im_start|>assistant\n", "<|im_end|>"
-TAGS = (*THOUGHTS, *THOUGHTS.values(), CALL_START, CALL_END, TURN_END)
+# How `ResponseStream` begins to say that a block of calls was not closed.
+CUT_BLOCK = f"the text ends before {CALL_END}"
+# What assistants write themselves, in earlier messages too.
+ANSWER_TAGS = (*THOUGHTS, *THOUGHTS.values(), CALL_START, CALL_END)
+TAGS = (*ANSWER_TAGS, TURN_END)
+# Stands in a rendered prompt where a client's text must not become a control token: no text holds half a pair.
+MARK = "\ud800"
 
 
 # ------------------------------------------------------------------------------------------------------------ prompts
 
 
 class PromptMaker:
-    """Messages and tools to token ids, by the tokenizer's chat template."""
+    """
+    Messages and tools to token ids, by the tokenizer's chat template.
+
+    Control tokens come from the template and from us alone: the name of one in a client's text (contents, tools,
+    arguments) is tokenized as text. Assistants' messages may hold thoughts and calls as the model writes them.
+    Texts without such names are tokenized whole, as the engine does.
+    """
 
     def __init__(self, engine: EdgeEngine):
         if engine.tokenizer is None or engine.tokenizer.chat_template is None:
@@ -34,6 +47,11 @@ class PromptMaker:
             )
         self.engine, self.tokenizer = engine, engine.tokenizer
         self.tokenizer("x")  # settles truncation and padding: from now on threads only read from it
+        self.names = control_names(self.tokenizer)
+        self.names_but_tags = [name for name in self.names if name not in ANSWER_TAGS]
+        # Every token stands for its own text, in byte-level vocabularies and in those with byte fallback.
+        longest = max(len(name.encode()) for name in self.tokenizer.get_vocab())
+        self.most_bytes = longest * (engine.context - 1)
         self.template_has_tools = self._template_has_tools()
 
     def _template_has_tools(self) -> bool:
@@ -50,53 +68,107 @@ class PromptMaker:
 
     def text(self, request: ChatRequest) -> str:
         """
+        The rendered prompt, with a `MARK` in each name of a control token that is the client's.
+
         Raises:
-            ApiError: what the template refuses.
+            ApiError: what the template refuses, or half a surrogate pair.
         """
-        messages, tools = request.messages, request.tools
-        if not self.template_has_tools:
-            messages, tools = [_call_as_text(message) for message in messages], []
-            if request.tools:
-                messages = _with_tools(messages, request.tools)
+        if len(request.messages) >= self.engine.context:
+            raise self._too_long(f"{len(request.messages):,} messages")
         # Constrained text begins at once, without a thought.
         thinking = False if request.schema is not None else request.thinking
         options = {} if thinking is None else {"enable_thinking": thinking}
         try:
+            tools = _marked(request.tools, self.names)
+            messages = [self._message(message) for message in request.messages]
+            if tools and not self.template_has_tools:
+                messages, tools = _with_tools(messages, tools), []
             return self._apply(messages, tools, **options)
+        except ApiError:
+            raise
+        except UnicodeEncodeError as error:
+            raise ApiError("the messages or tools hold half a surrogate pair, no character.", "messages") from error
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
             raise ApiError(f"the model's chat template cannot render these messages: {reason}", "messages") from error
 
+    def _message(self, message: dict) -> dict:
+        """Marked; without template logic for calls, an earlier call is as the model wrote it."""
+        names = {"content": self.names_but_tags} if message["role"] == "assistant" else {}
+        marked = {name: _marked(value, names.get(name, self.names)) for name, value in message.items()}
+        if "tool_calls" not in message or self.template_has_tools:
+            return marked
+        try:
+            calls = render_tool_calls(message["tool_calls"])
+        except ValueError as error:
+            raise ApiError(f"an earlier tool call cannot be written: {error}.", "messages") from error
+        calls = CALL_START + _marked(calls.removeprefix(CALL_START).removesuffix(CALL_END), self.names) + CALL_END
+        content = marked["content"]
+        return {"role": message["role"], "content": f"{calls}\n{content}" if content else calls}
+
     def ids(self, text: str) -> list[int]:
         """
+        Args:
+            text: as `PromptMaker.text` gives it.
+
         Raises:
-            ApiError: no valid Unicode, or no room for an answer.
+            ApiError: no room for an answer.
         """
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ApiError("the messages or tools hold half a surrogate pair, no character.", "messages") from error
-        ids = self.engine.encode(encode_rendered(self.tokenizer, text)["input_ids"])
+        first, *others = text.split(MARK)
+        size = len(first.encode()) + sum(len(part.encode()) for part in others)
+        if size > self.most_bytes or len(others) >= self.engine.context:
+            raise self._too_long(f"{size:,} bytes, more tokens than fit,")
+        ids = encode_rendered(self.tokenizer, first)["input_ids"]
+        if others:
+            # Behind a control token nothing is taken for a text's beginning, which some tokenizers put a space before.
+            parts = [self.names[0] + part for part in others]
+            for part in self.tokenizer(parts, add_special_tokens=False, verbose=False)["input_ids"]:
+                ids += part[1:]
+        ids = self.engine.encode(ids)
         if len(ids) >= self.engine.context:
-            raise ApiError(
-                f"the prompt has {len(ids):,} tokens and this server's context is {self.engine.context:,}, of which "
-                "the answer needs some too; shorten the messages.",
-                "messages",
-                code="context_length_exceeded",
-            )
+            raise self._too_long(f"{len(ids):,} tokens")
         return ids
 
+    def _too_long(self, size: str) -> ApiError:
+        return ApiError(
+            f"the prompt has {size} and this server's context is {self.engine.context:,} tokens, of which the answer "
+            "needs some too; shorten the messages.",
+            "messages",
+            code="context_length_exceeded",
+        )
 
-def _call_as_text(message: dict) -> dict:
-    """An earlier call as the model wrote it: our templates have no logic for calls."""
-    if "tool_calls" not in message:
-        return message
-    try:
-        calls = render_tool_calls(message["tool_calls"])
-    except ValueError as error:
-        raise ApiError(f"an earlier tool call cannot be written: {error}.", "messages") from error
-    content = message["content"]
-    return {"role": message["role"], "content": f"{calls}\n{content}" if content else calls}
+
+def control_names(tokenizer) -> list[str]:
+    """The tokens that text must not become: special ones, those that the chat template writes, and `TAGS`."""
+    template = str(tokenizer.chat_template)
+    added = tokenizer.added_tokens_decoder.values()
+    # Words, and runs of spaces, are added tokens of some vocabularies and control nothing.
+    written = {one.content for one in added if one.content[:1] in "<[" and one.content in template}
+    special = {one.content for one in added if one.special or one.content in TAGS}
+    return sorted(name for name in special | written if len(name) > 1)
+
+
+def _marked(value, names: list[str]):
+    """
+    A value of JSON, a mark behind the first character of each name in it, of those too that overlap.
+
+    Raises:
+        UnicodeEncodeError: half a surrogate pair, which could be taken for a mark.
+    """
+    if isinstance(value, str):
+        value.encode("utf-8")
+        cuts = {0, len(value)}
+        for name in names:
+            place = value.find(name)
+            while place >= 0:
+                cuts.add(place + 1)
+                place = value.find(name, place + 1)
+        return MARK.join(value[begin:end] for begin, end in pairwise(sorted(cuts)))
+    if isinstance(value, list):
+        return [_marked(item, names) for item in value]
+    if isinstance(value, dict):
+        return {_marked(name, names): _marked(item, names) for name, item in value.items()}
+    return value
 
 
 def _with_tools(messages: list[dict], tools: list[dict]) -> list[dict]:
@@ -140,6 +212,7 @@ class AnswerReader:
         special = set(tokenizer.all_special_ids) | {token for token, one in added.items() if one.special}
         tags = () if constrained else TAGS
         self.hidden = {token for token in special if tokenizer.convert_ids_to_tokens(token) not in tags}
+        self.tool_names = {tool["function"]["name"] for tool in request.tools}
         self.tokens = 0
 
     @property
@@ -175,10 +248,11 @@ class AnswerReader:
         if isinstance(event, ContentDelta):
             return self._content(event.text)
         if isinstance(event, ResponseError):
-            # A call that cannot be read is shown; a stray tag is in the content already.
-            unread = event.source and event.source not in THOUGHTS.values()
-            return self._content(event.source, block=True) if unread else None
-        if not self.request.tools:
+            # A call that cannot be read is shown. A stray tag is in the content already, and what is in a block that
+            # the text's end cuts has come as calls and errors of its own.
+            shown = event.source in THOUGHTS.values() or event.message.startswith(CUT_BLOCK)
+            return self._content(event.source, block=True) if event.source and not shown else None
+        if event.name not in self.tool_names:
             return self._content(f"{CALL_START}\n{event.source}\n{CALL_END}", block=True)
         return self._call(event)
 
