@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from transformers_minicpm4.generation.constrained import ConstrainedLogitsProcessor, llguidance_tokenizer
 from transformers_minicpm4.generation.draft_tree import DraftTree
 from transformers_minicpm4.generation.drafts import Draft
-from transformers_minicpm4.generation.grammar import ANNOTATIONS, ENFORCED, Grammar
+from transformers_minicpm4.generation.grammar import Grammar
+from transformers_minicpm4.generation.json_schema import ANNOTATIONS, ENFORCED
 from transformers_minicpm4.generation.speculative import speculative_decode
 
 
@@ -70,10 +71,10 @@ def judge(schema):
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
 
-def random_schema(draw, depth=2, names=("leaf",)):
+def random_schema(draw, depth=2, names=("leaf",), kind=None):
     """A schema of one of the kinds that occur, of few and bounded parts so that most texts come to an end."""
-    inner = ["object", "object", "array", "tuple", "anyOf", "ref"] if depth else ["ref"]
-    kind = draw.choice(["string", "pattern", "format", "integer", "number", "enum", "const", "types", *inner])
+    inner = ["object", "object", "map", "array", "tuple", "anyOf", "ref"] if depth else ["ref"]
+    kind = kind or draw.choice(["string", "pattern", "format", "integer", "number", "enum", "const", "types", *inner])
     low = draw.randint(-300, 300)
     if kind == "string":
         return {"type": "string", "minLength": draw.randint(0, 3), "maxLength": draw.randint(3, 8)}
@@ -108,47 +109,105 @@ def random_schema(draw, depth=2, names=("leaf",)):
         return {"anyOf": [random_schema(draw, depth - 1, names) for _ in range(2)], "title": "either"}
     if kind == "ref":
         return {"$ref": f"#/$defs/{draw.choice(names)}"}
+    if kind == "map":
+        counts = {"minProperties": draw.randint(0, 2), "maxProperties": draw.randint(2, 3)}
+        one = random_schema(draw, 0, names)
+        free = draw.choice([
+            {"additionalProperties": one}, {"patternProperties": {"^[a-d]{1,2}$": one}, "additionalProperties": False},
+        ])  # fmt: skip
+        return {"type": "object", **free, **counts}
     keys = draw.sample(["a", "b", 'q"uote', "名", "sp ace", "$ref", "not"], 3)
     properties = {key: random_schema(draw, depth - 1, names) for key in keys}
-    more = draw.choice([False, False, {"type": "boolean"}])
-    bounds = {"maxProperties": 4} if more else {}
+    more = draw.choice([False, False, {"type": "boolean"}, {"type": "boolean"}, {"enum": ["x", 1]}])
+    schema = {"type": "object", "properties": properties, "additionalProperties": more}
+    if draw.random() < 0.3:  # the names that begin with "a" or "b" are joined with "properties"
+        schema["patternProperties"] = draw.choice([{"^[ab]": {}}, {"^x-": {"type": "null"}, "^[ab]$": True}])
     # The engine counts properties only where all the named ones are required.
-    required = keys if more else draw.sample(keys, draw.randint(0, 3))
-    return {"type": "object", "properties": properties, "required": required, "additionalProperties": more, **bounds}
+    required = draw.choice([keys, draw.sample(keys, draw.randint(0, 3))])
+    if len(required) == 3:
+        schema |= draw.choice([{}, {"maxProperties": 4}, {"minProperties": draw.randint(3, 5)}])
+    return schema | {"required": required}
+
+
+def respelled(draw, value):
+    """JSON of a value, some of its names in other spellings, some twice."""
+    if isinstance(value, list):
+        return f"[{','.join(respelled(draw, one) for one in value)}]"
+    if not isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False)
+    items = [(name, one, 0.05) for name, one in value.items()]  # and how likely the name is spelled otherwise
+    if len(items) > 1 and draw.random() < 0.3:
+        items[-1] = (items[-2][0], *items[-1][1:])
+    if draw.random() < 0.5:
+        more = draw.choice([*value, "a", "x-"]), draw.choice([True, True, "x", 1, *value.values()]), 0.7
+        items.insert(draw.choice([len(items), draw.randint(0, len(items))]), more)
+    written = []
+    for name, one, likely in items:
+        spelled = json.dumps(name, ensure_ascii=False)
+        if draw.random() < likely:
+            spelled = '"' + "".join(f"\\u{ord(letter):04x}" for letter in name) + '"'
+        written.append(f"{spelled}:{respelled(draw, one)}")
+    return f"{{{','.join(written)}}}"
+
+
+def readings(text):
+    """What JSON says where a name comes twice: the last, or the first."""
+    return [json.loads(text), json.loads(text, object_pairs_hook=lambda pairs: dict(reversed(pairs)))]
 
 
 def check_random_schemas(tokenizer, model, first, number, rows=3):
-    """Ended and all texts; every ended one was parsed and judged."""
-    ended = total = 0
+    """
+    Ended and all texts; every ended one was parsed and judged. And how many texts that are much like them, but for
+    their names, were taken by the grammar: these were judged as well.
+    """
+    ended = total = alike = 0
+    refused = []
     for seed in range(first, first + number):
         draw = random.Random(seed)
         leaf = random_schema(draw, 0, ["end"])
         tree = {"type": "object", "properties": {"v": {"$ref": "#/$defs/leaf"}, "sub": {"$ref": "#/$defs/tree"}},
                 "required": ["v"], "additionalProperties": False}  # fmt: skip
-        schema = random_schema(draw, 2, ["leaf", "tree"])
+        schema = random_schema(draw, draw.choice([1, 2]), ["leaf", "tree"], draw.choice([None, None, "object", "map"]))
         schema = {**schema, "$defs": {"leaf": leaf, "tree": tree, "end": {"const": "end"}}}
-        grammar = Grammar.json_schema(schema, **draw.choice([{"whitespace": ""}, {"whitespace": " ?"}, {}]))
+        try:
+            grammar = Grammar.json_schema(schema, **draw.choice([{"whitespace": ""}, {"whitespace": " ?"}, {}]))
+        except ValueError as error:
+            refused.append((seed, str(error)))
+            continue
         processor = ConstrainedLogitsProcessor(grammar, tokenizer, eos_token_id=EOS)
         torch.manual_seed(seed)
         output = generate(model, processor, rows, do_sample=True, temperature=draw.choice([0.7, 1.0, 3.0]))
         for complete, text in texts(tokenizer, processor, output):
             total += 1
-            if complete:
-                ended += 1
-                errors = list(judge(schema).iter_errors(json.loads(text)))
-                assert not errors, (seed, schema, text, errors)
-    return ended, total
+            if not complete:
+                continue
+            ended += 1
+            others = [respelled(draw, json.loads(text)) for _ in range(30)]
+            ids = [PROMPT[0].tolist() + tokenizer.encode(other, add_special_tokens=False) for other in others]
+            taken = [other for other, good in zip(others, processor.is_complete(ids)) if good]
+            alike += len(taken)
+            for judged in (text, *taken):
+                for value in readings(judged):
+                    errors = list(judge(schema).iter_errors(value))
+                    assert not errors, (seed, schema, judged, errors)
+    known = "free keys may repeat|less than 1 away|Unsatisfiable schema"
+    assert not [one for one in refused if not re.search(known, one[1])], refused
+    assert len(refused) < number / 2
+    return ended, total, alike
 
 
 def test_json_that_ended_is_valid_under_random_schemas(tokenizer, model):
-    ended, total = check_random_schemas(tokenizer, model, 0, 12)
+    # Of these, 23 fails where two free names are counted though they are the same, and 38 where a name may be escaped.
+    ended, total, alike = check_random_schemas(tokenizer, model, 20, 24)
     assert ended > 0.6 * total
+    assert alike > ended
 
 
 @pytest.mark.slow
 def test_json_that_ended_is_valid_under_many_random_schemas(tokenizer, model):
-    ended, total = check_random_schemas(tokenizer, model, 1000, 500)
+    ended, total, alike = check_random_schemas(tokenizer, model, 1000, 500)
     assert ended > 0.6 * total
+    assert alike > ended
 
 
 def holds(tokenizer, grammar, text):
@@ -346,9 +405,14 @@ def allowed(processor, ids, width=49152):
     return processor(ids, torch.zeros(len(ids), width)) == 0
 
 
-def test_what_is_allowed_depends_on_the_ids_alone(tokenizer, model):
+# A schema with free names, whose grammar has two parts.
+OPEN = {**SCHEMA, "additionalProperties": {"type": "integer"}}
+
+
+@pytest.mark.parametrize("schema", [SCHEMA, OPEN])
+def test_what_is_allowed_depends_on_the_ids_alone(tokenizer, model, schema):
     """Rows in any order, of any text so far, taken back and resumed: as a new processor says of the row alone."""
-    processor = ConstrainedLogitsProcessor(Grammar.json_schema(SCHEMA), tokenizer, eos_token_id=EOS)
+    processor = ConstrainedLogitsProcessor(Grammar.json_schema(schema), tokenizer, eos_token_id=EOS)
     torch.manual_seed(4)
     output = generate(model, processor, 6, do_sample=True, max_new_tokens=60)
     draw = random.Random(4)
@@ -362,7 +426,7 @@ def test_what_is_allowed_depends_on_the_ids_alone(tokenizer, model):
         for row, ours in zip(ids, together):
             key = tuple(row.tolist())
             if key not in known:
-                fresh = ConstrainedLogitsProcessor(Grammar.json_schema(SCHEMA), tokenizer, 3, EOS)
+                fresh = ConstrainedLogitsProcessor(Grammar.json_schema(schema), tokenizer, 3, EOS)
                 allowed(fresh, row[None, :3])
                 known[key] = allowed(fresh, row[None])[0]
             assert torch.equal(ours, known[key])
@@ -385,7 +449,7 @@ class Wobbly(Draft):
 def test_speculation_changes_nothing(tokenizer):
     for seed in range(3):
         model = random_model(seed=seed)
-        for schema in (SCHEMA, random_schema(random.Random(seed), 2, ["x"]) | {"$defs": {"x": {"const": "x"}}}):
+        for schema in (SCHEMA, OPEN, random_schema(random.Random(seed), 2, ["x"]) | {"$defs": {"x": {"const": "x"}}}):
             grammar = Grammar.json_schema(schema, whitespace=" ?")
             processors = [ConstrainedLogitsProcessor(grammar, tokenizer, eos_token_id=EOS) for _ in range(2)]
             plain = generate(model, processors[0])
@@ -500,9 +564,10 @@ def test_a_vocabulary_is_read_once_and_again_when_it_has_grown():
 
 def test_refusals(tokenizer, model):
     for schema, message in (
-        (False, "a JSON schema is a dict"), ("{", "a string that is no JSON"), ({"type": "strin"}, "Invalid type"),
+        (False, "a JSON schema is a dict"), ("{", "a string that is no JSON"),
+        ({"type": "strin"}, "'type': 'strin' at #"), ({"$ref": "http://a.b/c"}, "no schema of this document"),
         ({"type": "integer", "minimum": 5, "maximum": 3}, "Unsatisfiable schema"),
-        ({"$ref": "#/$defs/gone"}, "does not exist"), ({"$ref": "http://a.b/c"}, "not present in a registry"),
+        ({"$ref": "#/$defs/gone"}, "gone' at # .no schema of this document"),
         ({"oneOf": [{"type": "number"}, {"type": "integer"}]}, "oneOf constraints are not supported"),
         ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
         ({"minimum": -27.5, "exclusiveMaximum": -27}, "'exclusiveMaximum': -27 with 'minimum': -27.5, less"),

@@ -68,11 +68,11 @@ class ConstrainedLogitsProcessor(LogitsProcessor):
         # would be missing there. A Lark grammar can ask for one on purpose (`<name>`).
         added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
         self._special = [] if grammar.names_tokens else sorted(added | set(tokenizer.all_special_ids))
-        self._start = _matcher()(self._vocabulary, grammar.text, log_level=0)
+        self._start = [_matcher()(self._vocabulary, text, log_level=0) for text in grammar.texts]
         self._rows: list[_Row] = []
         self._prompts: torch.Tensor | None = None
         self._begun = False
-        self._allowed(_Row(self._start.deep_copy(), []), len(tokenizer))  # a dead end at the first token is told now
+        self._allowed(_Row.begin(self._start), len(tokenizer))  # a dead end at the first token is told now
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """
@@ -141,8 +141,8 @@ class ConstrainedLogitsProcessor(LogitsProcessor):
         if self.prompt_length is None:
             raise ValueError("no call of generate has shown how long the prompt is; pass prompt_length.")
         body, _ = self._until_eos(list(ids[self.prompt_length :]))
-        row = _Row(self._start.deep_copy(), [])
-        return self._move(row, body) == len(body) and row.matcher.is_accepting()
+        row = _Row.begin(self._start)
+        return self._move(row, body) == len(body) and row.is_accepting()
 
     def _until_eos(self, text: list[int]) -> tuple[list[int], bool]:
         for place, token in enumerate(text):
@@ -159,7 +159,7 @@ class ConstrainedLogitsProcessor(LogitsProcessor):
             if row is None and left:
                 row = max(left, key=lambda row: _common(row.ids, body))
             if row is None:
-                row = _Row(self._start.deep_copy(), [])
+                row = _Row.begin(self._start)
             else:
                 left = [other for other in left if other is not row]
             self._move(row, body)
@@ -171,27 +171,30 @@ class ConstrainedLogitsProcessor(LogitsProcessor):
         """Bring a row to `body` as far as the grammar goes; returns how many tokens that are."""
         common = _common(row.ids, body)
         if common < len(row.ids):
-            row.matcher.rollback(len(row.ids) - common)
+            for matcher in row.matchers:
+                matcher.rollback(len(row.ids) - common)
         rest = body[common:]
         # An id that the vocabulary does not have would leave llguidance in an error for good.
         known = next((place for place, token in enumerate(rest) if token >= self._vocabulary.vocab_size), len(rest))
         if known:
-            known = row.matcher.validate_tokens(rest[:known])
-            row.matcher.consume_tokens(rest[:known])
+            known = min(matcher.validate_tokens(rest[:known]) for matcher in row.matchers)
+            for matcher in row.matchers:
+                matcher.consume_tokens(rest[:known])
         row.ids[common:] = rest[:known]
         self._check(row)
         return len(row.ids)
 
     def _allowed(self, row: _Row, width: int) -> np.ndarray:
         """`[V]`, whether each token may come next."""
-        bits = np.unpackbits(np.frombuffer(row.matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
+        masks = [np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8) for matcher in row.matchers]
+        bits = np.unpackbits(np.bitwise_and.reduce(masks), bitorder="little")
         self._check(row)
         allowed = np.zeros(max(width, len(bits)), dtype=bool)
         allowed[: self._vocabulary.vocab_size] = bits[: self._vocabulary.vocab_size]
         allowed[self._vocabulary.eos_tokens] = False
         allowed[[token for token in self._special if token < len(allowed)]] = False
         allowed = allowed[:width]
-        allowed[[token for token in self.eos_token_ids if token < width]] = row.matcher.is_accepting()
+        allowed[[token for token in self.eos_token_ids if token < width]] = row.is_accepting()
         if not allowed.any():
             raise ValueError(
                 f"the grammar has a dead end: after {self.tokenizer.decode(row.ids)[-80:]!r} none of the model's "
@@ -201,18 +204,26 @@ class ConstrainedLogitsProcessor(LogitsProcessor):
         return allowed
 
     def _check(self, row: _Row) -> None:
-        if row.matcher.is_error():
+        error = next((matcher.get_error() for matcher in row.matchers if matcher.is_error()), None)
+        if error:
             self._rows = []
             raise ValueError(
                 f"llguidance gave up after {self.tokenizer.decode(row.ids)[-80:]!r}: "
-                f"{row.matcher.get_error().strip().splitlines()[0][:300]}. A grammar without an end (a required part "
+                f"{error.strip().splitlines()[0][:300]}. A grammar without an end (a required part "
                 "that contains itself) or a too large one does this; simplify it."
             )
 
 
 class _Row(NamedTuple):
-    matcher: object
-    ids: list[int]  # consumed by the matcher
+    matchers: list  # one for each part of the grammar
+    ids: list[int]  # consumed by each of them
+
+    @classmethod
+    def begin(cls, start: list) -> _Row:
+        return cls([matcher.deep_copy() for matcher in start], [])
+
+    def is_accepting(self) -> bool:
+        return all(matcher.is_accepting() for matcher in self.matchers)
 
 
 def _common(one: list[int], other: list[int]) -> int:
