@@ -127,6 +127,16 @@ def test_released_config_loads_without_remote_code(tmp_path, released):
     assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
 
 
+def test_code_of_its_own_is_one_configs_alone():
+    """`register_for_auto_class` and `save_pretrained` write into the map that they find."""
+    config, other = MiniCPM4Config(), MiniCPM4Config()
+    config.auto_map["AutoModelForCausalLM"] = "mine.Mine"
+    assert config.to_dict()["auto_map"] == config.auto_map == {"AutoModelForCausalLM": "mine.Mine"}
+    assert other.auto_map == {}
+    assert "auto_map" not in other.to_dict()
+    assert other == MiniCPM4Config()
+
+
 @pytest.mark.parametrize("released", RELEASED.values(), ids=RELEASED.keys())
 @pytest.mark.parametrize("trust", [None, True, False])
 def test_checkpoint_loads_and_saves_through_the_auto_classes(tmp_path, released, trust):

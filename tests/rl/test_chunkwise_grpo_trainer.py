@@ -21,6 +21,7 @@ from trl import GRPOConfig, GRPOTrainer
 from arithmetic import make_policy, make_tokenizer, make_trainer, prompts, settings, share_of_digits
 from tolerances import within
 from transformers_minicpm4.rl import ChunkwiseGRPOConfig, ChunkwiseGRPOTrainer
+from transformers_minicpm4.rl.checkpoints import digest_of
 from transformers_minicpm4.rl.chunkwise_grpo_trainer import _spread
 from transformers_minicpm4.rl.dropout import dropout_places
 from transformers_minicpm4.rl.garble import REASONS
@@ -863,6 +864,16 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
     (checkpoint / "rollout_store.safetensors").unlink()
     with pytest.raises(ValueError, match=r"has no rollout_store.safetensors.*ChunkwiseGRPOTrainer\(model="):
         make_trainer(tmp_path, max_steps=4).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_the_fingerprint_is_of_what_is_stored():
+    """Not of what a transform draws from it, nor of the form in which it is given out."""
+    stored = Dataset.from_dict({"prompt": ["a", "b"], "answer": [1, 2]})
+    drawn = stored.with_transform(lambda rows: {"prompt": [f"{text}{torch.rand(())}" for text in rows["prompt"]]})
+    want = digest_of(stored)
+    assert {digest_of(drawn), digest_of(drawn), digest_of(stored.with_format("numpy"))} == {want}
+    assert digest_of(stored.select([1, 0])) != want
+    assert digest_of(stored.rename_column("prompt", "text")) is None
 
 
 def test_resuming_with_smaller_caps_or_batches_goes_on(tmp_path):

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from arithmetic import make_trainer, share_of_digits
-from transformers_minicpm4.rl.reward_guard import deadline
+from transformers_minicpm4.rl.reward_guard import RewardError, RewardTimeout, deadline
 
 
 def sleeps(completions, **kwargs):
@@ -74,6 +74,58 @@ def test_a_reward_function_that_hangs_stops_the_run(reward, tmp_path):
     assert trainer.state.global_step == 0
 
 
+def test_what_cleans_up_after_the_limit_is_not_cut_off():
+    """Both clocks tell of the same second."""
+    cleaned = []
+
+    def sleep():
+        try:
+            time.sleep(60)
+        finally:
+            time.sleep(0.05)
+            cleaned.append(True)
+
+    for _ in range(5):
+        with pytest.raises(RewardTimeout), deadline(0.1):
+            sleep()
+    assert len(cleaned) == 5
+
+
+def test_a_limit_beyond_all_clocks_is_none():
+    for seconds in (math.inf, 1e300):
+        with deadline(seconds):
+            pass
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def refused(completions, **kwargs):
+    raise TimeoutError("connect timed out")
+
+
+async def refused_later(completions, **kwargs):
+    raise TimeoutError("connect timed out")
+
+
+async def cancelled(completions, **kwargs):
+    task = asyncio.ensure_future(asyncio.sleep(60))
+    task.cancel()
+    await task
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (refused, "'refused' raised TimeoutError: connect timed out"),
+        (refused_later, "'refused_later' raised TimeoutError: connect timed out"),
+        (cancelled, "'cancelled' raised RuntimeError: it was cancelled"),
+    ],
+    ids=["sync", "async", "cancelled"],
+)
+def test_what_a_reward_raises_is_not_taken_for_our_limit(reward, message, tmp_path):
+    with pytest.raises(RewardError, match=message):
+        make_trainer(tmp_path, reward=reward, reward_timeout=20).train()
+
+
 def test_async_rewards_run_side_by_side_and_share_a_loop(tmp_path):
     """Two that wait for each other, for instance on one client: each alone would never return."""
     meeting = {}
@@ -122,8 +174,9 @@ def test_a_reward_function_that_raises_stops_the_run_with_its_name(tmp_path):
 
 
 def test_an_infinite_reward_stops_the_run(tmp_path):
-    with pytest.raises(RuntimeError, match="an infinite reward"):
-        make_trainer(tmp_path, reward=lambda prompts, **kwargs: [math.inf] + [0.0] * (len(prompts) - 1)).train()
+    for value in (math.inf, -1.7e308):  # the second in float32, in which TRL keeps rewards
+        with pytest.raises(RuntimeError, match="infinite in float32"):
+            make_trainer(tmp_path, reward=lambda prompts, **_: [value] + [0.0] * (len(prompts) - 1)).train()  # noqa: B023
 
 
 def test_a_wrong_number_of_rewards_stops_the_run(tmp_path):

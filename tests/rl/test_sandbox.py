@@ -172,10 +172,11 @@ libc = ctypes.CDLL(None, use_errno=True)
 print(libc.prctl(1, 0, 0, 0, 0), ctypes.get_errno(), libc.prctl(15, b"name", 0, 0, 0))
 try: os.memfd_create("hidden")
 except PermissionError: print("refused")
+print(libc.shmget(0, 4096, 0o1600), ctypes.get_errno())
 """
     result = run_python(code)
     needs(result, "process_limit", "no_signals")
-    assert result.stdout == "-1 1 0\nrefused\n", result
+    assert result.stdout == "-1 1 0\nrefused\n-1 1\n", result
 
 
 def test_nothing_is_written_or_read_elsewhere(mode, tmp_path):

@@ -18,6 +18,26 @@ def _valid_sparse_config(value: Any) -> None:
         InfLLMv2Config.from_dict(value)
 
 
+class _NoAutoMap:
+    """
+    `auto_map` of a config without remote code: empty, where TRL 1.16 asks for it without looking whether it is there.
+    Not a field, so config.json does not get it; what is set in it becomes this config's own.
+    """
+
+    def __get__(self, config, owner=None) -> dict[str, str]:
+        return {} if config is None else _Entries(config)
+
+
+class _Entries(dict):
+    def __init__(self, config):
+        super().__init__()
+        self._config = config
+
+    def __setitem__(self, name, value):
+        super().__setitem__(name, value)
+        vars(self._config)["auto_map"] = dict(self)
+
+
 @strict
 class MiniCPM4Config(LlamaConfig):
     r"""
@@ -48,9 +68,7 @@ class MiniCPM4Config(LlamaConfig):
     """
 
     model_type = "minicpm4"
-    # No remote code. TRL asks a config for it where Transformers has no class of the architecture's name; an attribute
-    # of the class, not a field: nothing is written to config.json.
-    auto_map = {}
+    auto_map = _NoAutoMap()
 
     # Redeclared where the released code's default is not Llama's: the 0.5B config does not name it.
     tie_word_embeddings: bool = True

@@ -33,11 +33,17 @@ def damage_of(folder: Path) -> str | None:
     return None
 
 
-def digest_of(dataset: Dataset) -> str:
-    """A fingerprint of the prompts, in their order."""
+def digest_of(dataset: Dataset) -> str | None:
+    """
+    A fingerprint of the prompts, in their order, as they are stored. None where a transform makes them: it may draw
+    at random.
+    """
+    if "prompt" not in dataset.column_names:
+        return None
+    prompts = dataset.with_format(None).select_columns("prompt")
     digest = hashlib.sha256()
-    for start in range(0, len(dataset), 1000):
-        digest.update(json.dumps(dataset[start : start + 1000]["prompt"], sort_keys=True, default=str).encode())
+    for start in range(0, len(prompts), 1000):
+        digest.update(json.dumps(prompts[start : start + 1000]["prompt"], sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]
 
 

@@ -500,10 +500,17 @@ class ChunkwiseGRPOTrainer(GRPOTrainer):
             damage = damage_of(Path(resume_from_checkpoint))
             if damage is not None:
                 raise ValueError(f"{resume_from_checkpoint} cannot be resumed: {damage}")
-        elif self._checkpoints() and self.args.save_strategy != "no":
+        elif (
+            self.state.global_step == 0
+            and self.args.save_strategy != "no"
+            and (
+                # Of all processes: machines may have disks of their own.
+                there := gather_object([path.name for path in self._checkpoints()[-1:]])
+            )
+        ):
             raise ValueError(
-                f"{self.args.output_dir} has checkpoints of an earlier run (the last is "
-                f"{self._checkpoints()[-1].name}). To go on from there, train(resume_from_checkpoint=True), which is "
+                f"{self.args.output_dir} has checkpoints of an earlier run (the last is {there[0]}). To go "
+                "on from there, train(resume_from_checkpoint=True), which is "
                 "--resume_from_checkpoint on the command line; to start anew, give another output_dir or remove them: "
                 "those of both runs would be mixed, and save_total_limit would delete the new ones first."
             )

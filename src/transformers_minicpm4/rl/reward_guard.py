@@ -11,12 +11,15 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 from transformers.utils import logging
 from trl.trainer.utils import is_async_callable
 
 
 logger = logging.get_logger(__name__)
+
+LARGEST = torch.finfo(torch.float32).max
 
 
 class RewardError(RuntimeError):
@@ -42,14 +45,18 @@ def deadline(seconds: float | None):
     systems without such signals, there is no limit.
     """
     main = threading.main_thread()
-    if seconds is None or threading.current_thread() is not main or not hasattr(signal, "pthread_kill"):
+    unlimited = seconds is None or math.isinf(seconds)
+    if unlimited or threading.current_thread() is not main or not hasattr(signal, "pthread_kill"):
         yield
         return
+    seconds = min(seconds, 1e8)  # what clocks take; three years
 
     def late(number, frame):
-        nonlocal fired
-        if not over.is_set():
-            fired = True
+        nonlocal raised
+        now = time.monotonic()
+        # Once a second, not once a clock: what cleans up after the first is not to be cut off by the second.
+        if not over.is_set() and (raised is None or now - raised > 0.9):
+            raised = now
             raise RewardTimeout
 
     def watch():
@@ -58,7 +65,7 @@ def deadline(seconds: float | None):
             signal.pthread_kill(main.ident, signal.SIGALRM)
             wait = 1.0
 
-    over, fired = threading.Event(), False
+    over, raised = threading.Event(), None
     began = time.monotonic()
     before = signal.signal(signal.SIGALRM, late)
     timer = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
@@ -70,10 +77,10 @@ def deadline(seconds: float | None):
         finally:
             over.set()
         # Whoever caught the interruption has gone on with something made up.
-        if fired or time.monotonic() - began > seconds:
+        if raised or time.monotonic() - began > seconds:
             raise RewardTimeout
     except Exception:
-        if fired:
+        if raised:
             raise RewardTimeout from None
         raise
     finally:
@@ -97,9 +104,14 @@ class _Loop:
         threading.Thread(target=self.loop.run_forever, name="async rewards", daemon=True).start()
 
     async def run(self, coroutine, seconds: float | None):
-        return await asyncio.wait_for(
-            asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self.loop)), seconds
-        )
+        task = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self.loop))
+        await asyncio.wait({task}, timeout=seconds)
+        if not task.done():
+            task.cancel()
+            raise RewardTimeout
+        if task.cancelled():
+            raise RuntimeError("it was cancelled")  # by its own code: nobody here did
+        return task.result()
 
 
 _own_loop = functools.cache(_Loop)
@@ -115,9 +127,11 @@ def guarded(function: Callable, name: str, seconds: float | None, errors: list[s
 
     def failed(error: BaseException, rows: int) -> list[float]:
         logger.error(f"reward function {name!r}", exc_info=error)
-        if isinstance(error, RewardTimeout | asyncio.TimeoutError):
+        if isinstance(error, RewardTimeout):
+            other = ", or another async one kept their event loop busy" if is_async_callable(function) else ""
             errors.append(
-                f"the reward function {name!r} did not return within reward_timeout={seconds} s for {rows} completions"
+                f"the reward function {name!r} did not return within reward_timeout={seconds} s for {rows} "
+                f"completions{other}"
             )
         else:
             errors.append(f"the reward function {name!r} raised {type(error).__name__}: {error}")
@@ -127,8 +141,8 @@ def guarded(function: Callable, name: str, seconds: float | None, errors: list[s
         values = [None if value is None else float(value) for value in rewards]
         if len(values) != rows:
             raise ValueError(f"{len(values)} rewards for {rows} completions; one for each is needed")
-        if any(value is not None and math.isinf(value) for value in values):
-            raise ValueError("an infinite reward; give a number, or None for no reward")
+        if any(value is not None and abs(value) > LARGEST for value in values):
+            raise ValueError("a reward that is infinite in float32; give a smaller one, or None for no reward")
         return values
 
     if is_async_callable(function):
@@ -137,10 +151,9 @@ def guarded(function: Callable, name: str, seconds: float | None, errors: list[s
         async def run(prompts, completions, **kwargs):
             try:
                 coroutine = function(prompts=prompts, completions=completions, **kwargs)
-                rewards = await _own_loop().run(coroutine, seconds)
-                return checked(rewards, len(prompts))
-            except Exception as error:
-                if isinstance(error, asyncio.TimeoutError):
+                return checked(await _own_loop().run(coroutine, seconds), len(prompts))
+            except (Exception, RewardTimeout) as error:
+                if isinstance(error, RewardTimeout):
                     _own_loop.cache_clear()  # it may be blocked, and there may be another run in this process
                 return failed(error, len(prompts))
 
@@ -151,7 +164,7 @@ def guarded(function: Callable, name: str, seconds: float | None, errors: list[s
             with deadline(seconds):
                 rewards = function(prompts=prompts, completions=completions, **kwargs)
             return checked(rewards, len(prompts))
-        except (Exception, RewardTimeout) as error:
+        except (Exception, RewardTimeout, asyncio.CancelledError) as error:
             return failed(error, len(prompts))
 
     return run

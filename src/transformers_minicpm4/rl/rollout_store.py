@@ -230,7 +230,11 @@ class RolloutStore:
         except Exception as error:
             raise ValueError(f"{path} is no complete rollout store ({type(error).__name__}: {error}).") from None
         if described["format"] != FORMAT:
-            raise ValueError(f"{path} has format {described['format']}, this version reads {FORMAT}.")
+            raise ValueError(
+                f"{path} has format {described['format']}, this version reads {FORMAT}: another version wrote it. "
+                "Resume with that one, or start a new run, in another output_dir, from the checkpoint's weights: "
+                f"ChunkwiseGRPOTrainer(model={str(path.parent)!r}, ...)."
+            )
         for name in ("num_generations", "max_completion_length"):
             if described[name] != getattr(self, name):
                 raise ValueError(

@@ -131,21 +131,21 @@ _CALLS = {
     "setns": (308, 268), "mount": (165, 40), "bpf": (321, 280), "add_key": (248, 217), "request_key": (249, 218),
     "keyctl": (250, 219), "perf_event_open": (298, 241), "userfaultfd": (323, 282), "setrlimit": (160, 164),
     "prlimit64": (302, 261), "pidfd_getfd": (438, 438), "process_madvise": (440, 440), "memfd_create": (319, 279),
-    "memfd_secret": (447, 447), "prctl": (157, 167),
+    "memfd_secret": (447, 447), "prctl": (157, 167), "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190),
 }  # fmt: skip
 _REFUSED = (
     "rt_sigqueueinfo", "rt_tgsigqueueinfo", "pidfd_send_signal", "ptrace", "process_vm_readv", "process_vm_writev",
     "socket", "io_uring_setup", "unshare", "setns", "mount", "bpf", "add_key", "request_key", "keyctl",
     "perf_event_open", "userfaultfd", "pidfd_getfd", "process_madvise", "tkill",
-    "memfd_create", "memfd_secret",
+    "memfd_create", "memfd_secret", "shmget", "msgget", "semget",
 )  # fmt: skip
 
 
 def _seccomp_program(machine: str, pid: int, processes: int) -> list[tuple[int, int, int, int]] | None:
     """
     Instructions (code, jump if true, jump if false, constant) of a filter of system calls, None on other machines:
-    no process but threads, no signal but to itself, no socket, no file in memory, which no limit would count; limits
-    cannot be changed (the call does nothing), nor what happens to it when the launcher dies.
+    no process but threads, no signal but to itself, no socket, no file or segment in memory, which no limit would
+    count; limits cannot be changed (the call does nothing), nor what happens to it when the launcher dies.
     """
     column = {"x86_64": 0, "aarch64": 1, "arm64": 1}.get(machine)
     if column is None or struct.calcsize("P") != 8 or sys.byteorder != "little":
