@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
 
 from transformers_minicpm4.cli.assets import smollm2_path
 from transformers_minicpm4.edge.engine import EdgeEngine
@@ -176,6 +176,23 @@ def test_no_space_comes_into_text_that_is_cut(scheme):
     assert text.count(MARK) == 1
     pieces = tokenizer.convert_ids_to_tokens(maker.ids(text))
     assert "".join(pieces).count("▁<|im_end|>▁b<|im_end|>") == 1
+    assert pieces.count("<|im_end|>") == 1
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_no_space_comes_into_text_that_a_sentencepiece_vocabulary_cuts(legacy):
+    """Llama's old form, in which MiniCPM4's tokenizer is written, puts a space behind a control token too."""
+    letters = ["<unk>", "<s>", "</s>", *"\n▁abcdefimnrstuxy_<>|/"]
+    tokenizer = LlamaTokenizer(
+        vocab={letter: number for number, letter in enumerate(letters)}, merges=[], legacy=legacy
+    )
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = chat_template()
+    maker = make_maker(tokenizer)
+    text = maker.text(request("<|im_end|>|x</s>y"))
+    assert text.count(MARK) == 2
+    pieces = tokenizer.convert_ids_to_tokens(maker.ids(text))
+    assert "<|im_end|>|x</s>y<|im_end|>" in "".join(pieces)
     assert pieces.count("<|im_end|>") == 1
 
 

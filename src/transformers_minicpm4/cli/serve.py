@@ -4,6 +4,7 @@ import argparse
 import ipaddress
 import os
 import sys
+import traceback
 from pathlib import Path
 
 from .errors import UserError, one_line
@@ -112,9 +113,14 @@ def run(args) -> int:
             raise UserError(one_line(error)) from error
         try:
             make_server(app, ready).run(sockets=[sock])
+        except Exception:
+            if app.state.line.ended:
+                raise
+            traceback.print_exc()  # nobody else will: see below
         finally:
             if not app.state.line.ended:  # it cannot be interrupted, and Python's own exit would abort
                 print("[stopped in the midst of a computation]", file=sys.stderr, flush=True)
+                sys.stdout.flush()
                 os._exit(130)
     return 0
 

@@ -48,6 +48,7 @@ class PromptMaker:
         self.engine, self.tokenizer = engine, engine.tokenizer
         self.tokenizer("x")  # settles truncation and padding: from now on threads only read from it
         self.names = control_names(self.tokenizer)
+        self.lead, self.lead_ids = _lead(self.tokenizer, self.names)
         self.names_but_tags = [name for name in self.names if name not in ANSWER_TAGS]
         # Every token stands for its own text, in byte-level vocabularies and in those with byte fallback.
         longest = max(len(name.encode()) for name in self.tokenizer.get_vocab())
@@ -120,10 +121,9 @@ class PromptMaker:
             raise self._too_long(f"{size:,} bytes, more tokens than fit,")
         ids = encode_rendered(self.tokenizer, first)["input_ids"]
         if others:
-            # Behind a control token nothing is taken for a text's beginning, which some tokenizers put a space before.
-            parts = [self.names[0] + part for part in others]
+            parts = [self.lead + part for part in others]
             for part in self.tokenizer(parts, add_special_tokens=False, verbose=False)["input_ids"]:
-                ids += part[1:]
+                ids += part[self.lead_ids :]
         ids = self.engine.encode(ids)
         if len(ids) >= self.engine.context:
             raise self._too_long(f"{len(ids):,} tokens")
@@ -146,6 +146,25 @@ def control_names(tokenizer) -> list[str]:
     written = {one.content for one in added if one.content[:1] in "<[" and one.content in template}
     special = {one.content for one in added if one.special or one.content in TAGS}
     return sorted(name for name in special | written if len(name) > 1)
+
+
+def _lead(tokenizer, names: list[str]) -> tuple[str, int]:
+    """
+    What to put before the middle of a text, so that its tokens are those of the middle, and how many tokens it has
+    itself: alone, a text begins with a space in some vocabularies, in others also behind a control token.
+    """
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    for lead in (*names[:8], *(f"{name}\n" for name in names[:8])):
+        own = ids(lead)
+        got = [ids(lead + text) for text in ("|", "a")]
+        if all(one[: len(own)] == own for one in got) and all(
+            tokenizer.convert_ids_to_tokens(one[len(own)]) == text for one, text in zip(got, ("|", "a"))
+        ):
+            return lead, len(own)
+    return names[0], 1
 
 
 def _marked(value, names: list[str]):

@@ -39,13 +39,29 @@ _TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
 # the stack, of which it took up to 5.4 kB for each schema inside another (measured 2026-11-28).
 MAX_NESTING = 100  # JSON values inside each other
 MAX_DEPTH = 400  # schemas inside each other, through $ref as well; 2.1 MB of stack
+MAX_PLACES = 20_000_000  # characters of all places, which are kept while a schema is read
+MAX_OPTIONAL = 450  # properties that may be left out, of one schema: at some 500 the engine gives up in mid-answer
 
 # The engine's dates have a 29 February in every year, and a year 0, which calendars have not.
 _LEAP = "[0-9]{2}(0[48]|[2468][048]|[13579][26])|([02468][048]|[13579][26])00"
 _REAL_DATE = f"^([0-9]{{4}}-(0[13-9]|1[0-2]|02-([01]|2[0-8]))|({_LEAP})-02-29)"
 
 _DEFINITIONS = ("$defs", "definitions")
+# And seconds 60 in every minute, where RFC 3339 has them in the last of a day alone and most readers have none; and
+# names of any length.
+_DAY = [{"pattern": _REAL_DATE}, {"pattern": "^0{0,3}[1-9]"}]
+_SECONDS = [{"pattern": "^([0-9-]{10}[Tt])?[0-9]{2}:[0-5][0-9]:[0-5][0-9]"}]
+_NARROWER = {
+    "date": _DAY,
+    "date-time": [*_DAY, *_SECONDS],
+    "time": _SECONDS,
+    "hostname": [{"maxLength": 253}],
+    "email": [{"maxLength": 254}],
+}
+
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+_COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
+_FURTHEST = 2**63 - 1024  # float64's last number before 2**63
 _JOINS = ("allOf", "anyOf", "oneOf")
 _PARTS = ("properties", "patternProperties", "additionalProperties", "items", "prefixItems")
 
@@ -73,6 +89,7 @@ def enforceable(schema: dict, closed: bool = False) -> tuple[dict, bool]:
                 one.setdefault("additionalProperties", False)
         places = dict(_schemas(schema))
     dicts = _dicts(places)
+    _say_otherwise(dicts)
     _refuse(_not_enforced(dicts))
     malformed = list(_malformed(dicts))
     if malformed:
@@ -80,7 +97,21 @@ def enforceable(schema: dict, closed: bool = False) -> tuple[dict, bool]:
     targets = _targets(places)
     _check_depth(places, targets)
     by_spelling = [(one, place) for place, one in dicts.items() if _has_names(one) and not _is_closed(one)]
-    _refuse([*_narrow(dicts, targets), *_counted(dicts), *_unspeakable(by_spelling), *_rounded(dicts)])
+    _refuse(
+        [
+            *_narrow(dicts, targets),
+            *_counted(dicts),
+            *_many_optional(dicts),
+            *_unspeakable(by_spelling),
+            *_rounded(dicts),
+        ]
+    )
+    for place in [place for place, one in dicts.items() if "oneOf" in one and _is_exclusive(place, dicts, targets)]:
+        # The engine's own way of telling options apart does not look behind references.
+        one = dicts[place]
+        one.pop("discriminator", None)
+        options = {"anyOf": one.pop("oneOf")}
+        one |= {"allOf": [*one.get("allOf", []), options]} if "anyOf" in one else options
     for place, one in dicts.items():
         if place in targets:
             one["$ref"] = "#" + quote(targets[place][1:], safe="/~-._!$&'()*+,;=:@")
@@ -90,9 +121,39 @@ def enforceable(schema: dict, closed: bool = False) -> tuple[dict, bool]:
         for keyword in ("minimum", "maximum"):
             if keyword in one:
                 one[keyword] = _inward(one[keyword], math.inf if keyword == "minimum" else -math.inf)
-        if one.get("format") in ("date", "date-time"):
-            one["allOf"] = [*one.get("allOf", []), {"pattern": _REAL_DATE}, {"pattern": "^0{0,3}[1-9]"}]
+        narrower = _NARROWER.get(one.get("format"), [])
+        if narrower:
+            one["allOf"] = [*one.get("allOf", []), *narrower]
     return schema, bool(by_spelling)
+
+
+def _say_otherwise(dicts: dict[str, dict]) -> None:
+    """What means nothing goes; bounds beyond the engine's numbers move inward to what it has; in place."""
+    for one in dicts.values():
+        # Notes of other tools; the engine's own take effect.
+        for keyword in [name for name in one if name.startswith("x-") and name != "x-guidance" or name == "example"]:
+            del one[keyword]
+        names = one.get("propertyNames")
+        if names is True or names == {} or names == {"type": "string"}:
+            del one["propertyNames"]
+        if one.get("uniqueItems") is False:
+            del one["uniqueItems"]
+        for keyword in _COUNTS:
+            if isinstance(one.get(keyword), float) and one[keyword].is_integer():
+                one[keyword] = int(one[keyword])
+        for side, tighter, inside in (("Minimum", max, math.inf), ("Maximum", min, -math.inf)):
+            exclusive, plain = f"exclusive{side}", side.lower()
+            bound = one.get(exclusive)
+            reachable = _is_number(bound) and (bound < _FURTHEST if inside > 0 else bound > -_FURTHEST)
+            if reachable and abs(bound) >= 2**53:
+                moved = float(bound)
+                while moved <= bound if inside > 0 else moved >= bound:
+                    moved = math.nextafter(moved, inside)
+                del one[exclusive]
+                held = one.get(plain)
+                one[plain] = tighter(held, int(moved)) if _is_number(held) else int(moved)
+            if _is_number(one.get(plain)):
+                one[plain] = tighter(one[plain], -_FURTHEST if inside > 0 else _FURTHEST)
 
 
 def alone(schema: dict, most: int = 3000) -> Iterator[tuple[str, dict]]:
@@ -122,9 +183,15 @@ def _first(problems: list[str]) -> str:
 
 def _check_values(document) -> None:
     """Refuses what is no JSON, or too deep for the engine's reader."""
-    left = [(document, "#", 1)]
+    left, written = [(document, "#", 1)], 0
     while left:
         value, place, depth = left.pop()
+        written += len(place)
+        if written > MAX_PLACES:
+            raise ValueError(
+                f"the JSON schema is too large: the places of its values take more than {MAX_PLACES:,} characters. "
+                "Make it smaller, or its names shorter."
+            )
         wrong = None
         if isinstance(value, dict | list | tuple):
             if depth > MAX_NESTING:
@@ -322,7 +389,7 @@ _FORMS: dict[str, tuple[Callable[[object], bool], str]] = {
     **dict.fromkeys(["items", "additionalProperties"], (_is_schema, "a schema")),
     **dict.fromkeys(["properties", "patternProperties", "$defs", "definitions"],
                     (_is_named_schemas, "an object of schemas")),
-    **dict.fromkeys(["minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"],
+    **dict.fromkeys(_COUNTS,
                     (_is_count, "a whole number from 0 to 2147483647, without a decimal point")),
     **dict.fromkeys(["$ref", "$id", "$anchor", "$schema", "pattern", "format"], (_is_string, "a string")),
 }
@@ -396,8 +463,10 @@ def _narrow(dicts: dict[str, dict], targets: dict[str, str]) -> Iterator[str]:
         for (name, floor), bounds in side.items():
             near = {**others.get((name, floor - 1), {}), **others.get((name, floor), {})}
             for (bound, keyword), place in bounds.items():
+                if not keyword.startswith("exclusive") or bound != floor:
+                    continue
                 found = next((one for one in near if abs(one[0] - bound) < 1), None)
-                if keyword.startswith("exclusive") and bound == floor and found:
+                if found:
                     yield (
                         f"{keyword!r}: {bound} with {found[1]!r}: {found[0]}, less than 1 away, at {_shown(place)}"
                         + (f" and {_shown(near[found])}" if near[found] != place else "")
@@ -425,6 +494,65 @@ def _counted(dicts: dict[str, dict]) -> Iterator[str]:
                 f"'minProperties': {one['minProperties']} at {_shown(place)} (free keys may repeat; at most {least}, "
                 "one more than 'required' names)"
             )
+
+
+def _is_exclusive(place: str, dicts: dict[str, dict], targets: dict[str, str]) -> bool:
+    """Whether a `oneOf`'s options cannot hold at once: other types, or other values of themselves or of a property."""
+
+    def meant(place: str) -> tuple[str, dict]:
+        seen = set()
+        while place in targets and place not in seen and dicts[place].keys() <= {"$ref", *ANNOTATIONS}:
+            seen.add(place)
+            place = targets[place]
+        return place, dicts.get(place, {})
+
+    def values(one: dict) -> set | None:
+        found = [one["const"]] if "const" in one else one.get("enum")
+        if found is None or any(isinstance(value, dict | list) for value in found):
+            return None
+        return {(isinstance(value, bool), value) for value in found}  # 1 is 1.0, and not true
+
+    def kinds(one: dict) -> set[str]:
+        found = values(one)
+        if found is not None:
+            return {_kind(value) for _, value in found}
+        given = one.get("type", _TYPES)
+        given = {given} if isinstance(given, str) else set(given)
+        return given | {"integer"} if "number" in given else given
+
+    def apart(first: tuple[str, dict], second: tuple[str, dict]) -> bool:
+        (place, one), (other_place, other) = first, second
+        if not kinds(one) & kinds(other):
+            return True
+        if values(one) is not None and values(other) is not None:
+            return not values(one) & values(other)
+        if kinds(one) != {"object"} or kinds(other) != {"object"}:
+            return False
+        for name in one.get("properties", {}).keys() & other.get("properties", {}).keys():
+            step = _at("properties", name)
+            tags = [values(meant(f"{where}/{step}")[1]) for where in (place, other_place)]
+            required = name in one.get("required", []) or name in other.get("required", [])
+            if required and None not in tags and not tags[0] & tags[1]:
+                return True
+        return False
+
+    options = [meant(f"{place}/oneOf/{number}") for number in range(len(dicts[place]["oneOf"]))]
+    return len(options) <= 200 and all(apart(*pair) for pair in itertools.combinations(options, 2))
+
+
+def _kind(value) -> str:
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else "boolean"
+    if isinstance(value, int | float):
+        return "integer" if float(value).is_integer() else "number"
+    return "string"
+
+
+def _many_optional(dicts: dict[str, dict]) -> Iterator[str]:
+    for place, one in dicts.items():
+        optional = set(one.get("properties", ())) - set(one.get("required", ()))
+        if len(optional) > MAX_OPTIONAL:
+            yield f"{len(optional)} properties that may be left out at {_shown(place)} (at most {MAX_OPTIONAL})"
 
 
 def _is_closed(schema: dict) -> bool:
