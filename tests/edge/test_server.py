@@ -13,14 +13,13 @@ import jsonschema
 import openai
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LogitsProcessor
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor
 
-from transformers_minicpm4.cli.assets import smollm2_path
 from transformers_minicpm4.edge import server as server_module
 from transformers_minicpm4.edge.engine import EdgeEngine
 from transformers_minicpm4.edge.server import MAX_BODY_BYTES, ChatServer, _event, _Reply, listen, make_app, make_server
 from transformers_minicpm4.edge.server_schema import ApiError, read_request
-from transformers_minicpm4.edge.server_text import TAGS, AnswerReader, PromptMaker, opening_of
+from transformers_minicpm4.edge.server_text import AnswerReader, PromptMaker, opening_of
 from transformers_minicpm4.generation.drafts import PromptLookupDraft
 
 
@@ -50,17 +49,6 @@ And then?"""
 
 def user(text):
     return [{"role": "user", "content": text}]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
-    except FileNotFoundError as error:
-        pytest.skip(f"no tokenizer of SmolLM2: {error}")
-    tags = [tag for tag in TAGS if tag != "<|im_end|>"]
-    tokenizer.add_special_tokens({"additional_special_tokens": tags}, replace_extra_special_tokens=False)
-    return tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,11 @@ import json
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
 
-from transformers_minicpm4.cli.assets import smollm2_path
 from transformers_minicpm4.edge.engine import EdgeEngine
 from transformers_minicpm4.edge.server_schema import ApiError, read_request
-from transformers_minicpm4.edge.server_text import MARK, TAGS, AnswerReader, PromptMaker, control_names, whole_message
+from transformers_minicpm4.edge.server_text import MARK, AnswerReader, PromptMaker, control_names, whole_message
 from transformers_minicpm4.generation import chat_template
 from transformers_minicpm4.generation.chat import encode_rendered
 
@@ -36,17 +35,6 @@ def request(*contents, roles=("user", "assistant"), **fields):
 def call(**arguments):
     function = {"name": "get-weather", "arguments": json.dumps(arguments)}
     return {"role": "assistant", "tool_calls": [{"id": "a", "type": "function", "function": function}]}
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
-    except FileNotFoundError as error:
-        pytest.skip(f"no tokenizer of SmolLM2: {error}")
-    tags = [tag for tag in TAGS if tag != "<|im_end|>"]
-    tokenizer.add_special_tokens({"additional_special_tokens": tags}, replace_extra_special_tokens=False)
-    return tokenizer
 
 
 @pytest.fixture(scope="module")

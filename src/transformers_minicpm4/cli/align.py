@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from .errors import UserError, one_line
+from .generate import at_least
 from .quantization import refuse_missing
 
 
@@ -34,8 +35,8 @@ def register(subparsers) -> None:
     parser.add_argument("first", metavar="A", help="the reference")
     parser.add_argument("second", metavar="B", help="what is checked")
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text; its beginning is compared")
-    parser.add_argument("--tokens", type=two_or_more, default=256, metavar="N", help="of the text; default 256")
-    parser.add_argument("--top", type=two_or_more, default=16, metavar="K", help="candidates a place; default 16")
+    parser.add_argument("--tokens", type=at_least(2), default=256, metavar="N", help="of the text; default 256")
+    parser.add_argument("--top", type=at_least(2), default=16, metavar="K", help="candidates a place; default 16")
     parser.add_argument("--tolerance", type=float, default=0.01, metavar="T", help="of the slope; default 0.01")
     parser.add_argument(
         "--tokenizer", metavar="FOLDER", help="default: A's, or B's where A is a .gguf file; needed where both are"
@@ -64,13 +65,6 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, OSError, ImportError) as error:
         raise UserError(one_line(error)) from error
     return 0 if result.within(args.tolerance) else 1
-
-
-def two_or_more(text: str) -> int:
-    number = int(text)
-    if number < 2:
-        raise argparse.ArgumentTypeError(f"2 or more is needed, got {text}")
-    return number
 
 
 def compare(args: argparse.Namespace, text: str):

@@ -79,10 +79,16 @@ def register(subparsers) -> None:
     where.add_argument("--device", metavar="NAME", help="e.g. cpu, cuda, cuda:1, mps; default: a GPU if there is one")
 
 
-def at_least_one(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is given, at least 1 is needed")
+def at_least(least: int):
+    def number(text: str) -> int:
+        if (given := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"{given} is given, at least {least} is needed")
+        return given
+
     return number
+
+
+at_least_one = at_least(1)
 
 
 def positive(text: str) -> float:

@@ -8,7 +8,7 @@ import traceback
 from pathlib import Path
 
 from .errors import UserError, one_line
-from .generate import at_least_one
+from .generate import at_least, at_least_one
 
 
 EXAMPLES = """\
@@ -45,9 +45,7 @@ def register(subparsers) -> None:
     )
     where.add_argument("--port", type=port, default=8000, help="default 8000; 0 takes a free one")
     where.add_argument("--api-key", metavar="KEY", help="what clients must send; default: none is asked for")
-    where.add_argument(
-        "--queue", type=at_least_zero, default=64, metavar="N", help="requests that may wait, default 64"
-    )
+    where.add_argument("--queue", type=at_least(0), default=64, metavar="N", help="requests that may wait, default 64")
     engine = parser.add_argument_group("engine")
     engine.add_argument(
         "--context",
@@ -67,12 +65,6 @@ def register(subparsers) -> None:
 def port(text: str) -> int:
     if not 0 <= (number := int(text)) < 1 << 16:
         raise argparse.ArgumentTypeError(f"{number} is given, a port is between 0 and 65535")
-    return number
-
-
-def at_least_zero(text: str) -> int:
-    if (number := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"{number} is given, at least 0 is needed")
     return number
 
 

@@ -18,8 +18,6 @@ from .server_schema import ApiError, ChatRequest
 
 
 TURN_START, TURN_END = "<|im_start|>assistant\n", "<|im_end|>"
-# How `ResponseStream` begins to say that a block of calls was not closed.
-CUT_BLOCK = f"the text ends before {CALL_END}"
 # What assistants write themselves, in earlier messages too.
 ANSWER_TAGS = (*THOUGHTS, *THOUGHTS.values(), CALL_START, CALL_END)
 TAGS = (*ANSWER_TAGS, TURN_END)
@@ -267,9 +265,8 @@ class AnswerReader:
         if isinstance(event, ContentDelta):
             return self._content(event.text)
         if isinstance(event, ResponseError):
-            # A call that cannot be read is shown. A stray tag is in the content already, and what is in a block that
-            # the text's end cuts has come as calls and errors of its own.
-            shown = event.source in THOUGHTS.values() or event.message.startswith(CUT_BLOCK)
+            # A call that cannot be read is shown; a stray tag is in the content already.
+            shown = event.repeats or event.source in THOUGHTS.values()
             return self._content(event.source, block=True) if event.source and not shown else None
         if event.name not in self.tool_names:
             return self._content(f"{CALL_START}\n{event.source}\n{CALL_END}", block=True)

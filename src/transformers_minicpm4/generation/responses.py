@@ -207,8 +207,8 @@ class ResponseStream:
                 tail = self._buffer.find("<", tail + 1)
         self._say(field, end, end)
 
-    def _error(self, message: str, source: str = ""):
-        self._errors.append(ResponseError(message, source))
+    def _error(self, message: str, source: str = "", repeats: bool = False):
+        self._errors.append(ResponseError(message, source, repeats))
         self._events.append(self._errors[-1])
 
     def _end(self) -> bool:
@@ -297,7 +297,7 @@ class ResponseStream:
         self._read = self._read_content
         if tag == CALL_END:
             return True
-        self._error(f"the text ends before {CALL_END}; the calls that were complete are read", block)
+        self._error(f"the text ends before {CALL_END}; the calls that were complete are read", block, repeats=True)
         return self._end()
 
 

@@ -65,10 +65,14 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class ResponseError:
-    """What could not be read: `message` says why, for the model to act on; `source` is the text, verbatim."""
+    """
+    What could not be read: `message` says why, for the model to act on; `source` is the text, verbatim. `repeats`: all
+    of that text has come before, as calls and errors of its own.
+    """
 
     message: str
     source: str = ""
+    repeats: bool = False
 
 
 class _Malformed(Exception):

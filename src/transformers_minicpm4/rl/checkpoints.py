@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from safetensors.torch import save_file
 from transformers.trainer import TRAINER_STATE_NAME
 
 
@@ -62,12 +60,3 @@ def unpacked(tensors: dict[str, torch.Tensor], size: int, device) -> list[dict[s
         place, name = key.split(".", 1)
         batches[int(place)][name] = tensor.to(device)
     return batches
-
-
-def save_atomically(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -28,12 +28,12 @@ from trl.models import unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import RepeatSampler
 
-from .checkpoints import REFERENCE, STORE, damage_of, digest_of, packed, save_atomically, unpacked
+from .checkpoints import REFERENCE, STORE, damage_of, digest_of, packed, unpacked
 from .chunkwise_grpo_config import PER_CALL_RULES, ChunkwiseGRPOConfig
 from .dropout import dropout_places, switch_off_dropout
 from .garble import REASONS, GarbleFilter
 from .reward_guard import RewardError, guarded
-from .rollout_store import Group, RolloutStore, Trajectory
+from .rollout_store import Group, RolloutStore, Trajectory, save_atomically
 from .sampling import Budgets, LogprobRecorder, TrajectorySampler, prefill
 
 

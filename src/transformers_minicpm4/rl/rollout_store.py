@@ -23,6 +23,16 @@ from safetensors.torch import save_file
 FORMAT = 2
 
 
+def save_atomically(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file that is there whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 @dataclass
 class Trajectory:
     """One completion in the making. Written once: what a chunk's policy said of its tokens is never changed."""
@@ -208,12 +218,7 @@ class RolloutStore:
             ],
             "facts": facts,
         }
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            save_file(tensors, temporary, metadata={"rollout_store": json.dumps(described, default=str)})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        save_atomically(tensors, path, {"rollout_store": json.dumps(described, default=str)})
 
     def load(self, path: Path) -> dict:
         """
