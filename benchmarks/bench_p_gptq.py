@@ -5,13 +5,15 @@ Perplexity of a model after RTN, GPTQ, P-GPTQ and S-P-GPTQ, with and without the
     python benchmarks/bench_p_gptq.py --quick         # 16 rows, 8,192 tokens, 3 seeds: about an hour of CPU
     python benchmarks/bench_p_gptq.py --peer          # GPTQ of Optimum and gptqmodel beside ours, same rows
     python benchmarks/bench_p_gptq.py --trained       # a small model that was never rounded: 15 minutes of CPU
+    python benchmarks/bench_p_gptq.py --dtype float32 # on CPUs without bfloat16 instructions: three times faster
 
 The model is SmolLM2-135M-Instruct as `make assets` makes it: its linear layers come from a Q4_1 file, so that even
 "full precision" has been rounded once. All linear layers, groups of 64, symmetric. Calibration from the validation
 split of WikiText-2, perplexity from its test split in rows of 512, over positions after the first of a row. Every row
 begins with the model's `<|im_start|>`: computed by the quantized model ("computed"), or given as keys and values of
 the full precision ("stored"). A seed is a choice of calibration rows, the same for all methods, so that they are
-compared in pairs. Results go into the JSON file one by one; a run that was stopped goes on where it was.
+compared in pairs. Results go into the JSON file one by one; a run that was stopped goes on where it was. A seed that
+was run in both dtypes counts once, as it was run last, and a pair is of one dtype.
 
 With `--trained` the model is the small Llama of `examples/p_gptq.py`, trained in float32 on the last three quarters of
 the validation split (the train split is not among the shared data). Calibration is from the first quarter, in rows of
@@ -27,6 +29,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -69,7 +72,7 @@ torch.set_num_threads(1)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimum.gptq import GPTQQuantizer
 source, rows, bits, output = sys.argv[1], json.load(open(sys.argv[2])), int(sys.argv[3]), sys.argv[4]
-model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+model = AutoModelForCausalLM.from_pretrained(source, dtype=sys.argv[5])
 began = time.process_time()
 quantizer = GPTQQuantizer(bits=bits, dataset=[{"input_ids": torch.tensor([r]), "attention_mask": torch.ones(1, len(r),
 dtype=torch.long)} for r in rows],
@@ -81,13 +84,13 @@ seconds = time.process_time() - began
 state = {}
 for name, module in model.named_modules():
     if hasattr(module, "dequantize_weight"):
-        state[name + ".weight"] = module.dequantize_weight().t().to(torch.bfloat16).contiguous()
+        state[name + ".weight"] = module.dequantize_weight().t().contiguous()
 torch.save({"seconds": seconds, "weights": state}, output)
 """
 
 
-def load(source: Path):
-    return AutoModelForCausalLM.from_pretrained(source, dtype="auto").eval()
+def load(source: Path, dtype: str = "auto"):
+    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
 
 
 def as_llama(checkpoint: Path) -> Path:
@@ -156,9 +159,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--peer", action="store_true", help="compare with Optimum and gptqmodel (benchmarks/peers.py)")
     parser.add_argument("--trained", action="store_true", help="a small model trained here instead of SmolLM2")
-    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--seeds", type=int, nargs="+", help="choices of rows; default 0 1 2 3 4, with --quick 0 1 2")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32"], help="what the model computes in")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--arms", nargs="*", choices=list(ARMS), default=list(ARMS), help="none: the peer alone")
     parser.add_argument("--json", type=Path, help="default benchmarks/results/p_gptq_{smollm2,trained}.json")
     args = parser.parse_args()
     if args.trained and args.peer:
@@ -167,7 +171,7 @@ def main() -> None:
     args.json = args.json or ROOT / "benchmarks" / "results" / f"p_gptq_{name}.json"
     torch.set_num_threads(1)
     logging.disable_progress_bar()
-    num_samples, read, seeds = (16, 8192, args.seeds or 3) if args.quick else (64, 32768, args.seeds or 5)
+    num_samples, read, seeds = (16, 8192, range(3)) if args.quick else (64, 32768, range(5))
     source = trained() if args.trained else as_llama(smollm2_path())
     tokenizer = AutoTokenizer.from_pretrained(source)
     rows = torch.tensor(tokenizer(texts("test"), verbose=False)["input_ids"][:read]).view(-1, 512)
@@ -185,8 +189,13 @@ def main() -> None:
         args.json.write_text(json.dumps(done, indent=1) + "\n")
         print(json.dumps(run), flush=True)
 
-    def known(method: str, bits: int, seed: int) -> bool:
-        return any((run["method"], run["bits"], run["seed"]) == (method, bits, seed) for run in done["runs"])
+    def known(method: str, bits: int, seed: int, dtype: str | None = None) -> bool:
+        """`dtype` `None`: in either."""
+        return any(
+            (run["method"], run["bits"], run["seed"]) == (method, bits, seed)
+            and dtype in (None, run.get("dtype", "auto"))
+            for run in done["runs"]
+        )
 
     def calibration(seed: int) -> list[torch.Tensor]:
         return calibration_rows(
@@ -194,34 +203,35 @@ def main() -> None:
             num_samples=num_samples, max_length=row_tokens, seed=seed, prefix_ids=PREFIX,
         )  # fmt: skip
 
-    model = load(source)
+    in_dtype = {} if args.dtype == "auto" else {"dtype": args.dtype}
+    model = load(source, **in_dtype)
     prefix = PrefixCache.from_model(model, PREFIX)
     if not known("full precision", 16, 0):
         record(
-            method="full precision", bits=16, seed=0,
+            method="full precision", bits=16, seed=0, **in_dtype,
             computed=perplexity(model, rows), stored=perplexity(model, rows, prefix),
             **({"first_over_median": first_over_median(model, rows[:8])} if args.trained else {}),
         )  # fmt: skip
     for bits in args.bits:
         if known("RTN", bits, 0):
             continue
-        model = load(source)
+        model = load(source, **in_dtype)
         for layer in model.model.layers:
             for module in layer.modules():
                 if isinstance(module, nn.Linear):
                     module.weight.data.copy_(round_to_nearest(module.weight, bits=bits, group_size=GROUP).dequantize())
         record(
-            method="RTN", bits=bits, seed=0,
+            method="RTN", bits=bits, seed=0, **in_dtype,
             computed=perplexity(model, rows), stored=perplexity(model, rows, prefix),
         )  # fmt: skip
-    if args.peer:
-        peer(source, rows, prefix, calibration(0), args.bits, known, record)
-    for seed in range(seeds):
+    for seed in args.seeds or seeds:
         for bits in args.bits:
+            if args.peer:
+                peer(source, rows, prefix, calibration(seed), bits, seed, args.dtype, known, record)
             for method in args.arms:
-                if known(method, bits, seed):
+                if known(method, bits, seed, args.dtype):
                     continue
-                model = load(source)
+                model = load(source, **in_dtype)
                 quantizer = PGPTQQuantizer(
                     bits=bits, group_size=GROUP, dataset=calibration(seed), num_samples=num_samples,
                     max_length=row_tokens, prefix_ids=PREFIX, **ARMS[method],
@@ -231,56 +241,56 @@ def main() -> None:
                 seconds = time.process_time() - began
                 down = [row["error"] for row in quantizer.report if row["layer"].endswith("down_proj")]
                 record(
-                    method=method, bits=bits, seed=seed, seconds=round(seconds, 1),
+                    method=method, bits=bits, seed=seed, **in_dtype, seconds=round(seconds, 1),
                     computed=perplexity(model, rows), stored=perplexity(model, rows, quantizer.prefix),
                     down_proj_error=statistics.geometric_mean(down),
                 )  # fmt: skip
     table(done["runs"])
 
 
-def peer(source, rows, prefix, calibration, bits_list, known, record) -> None:
+def peer(source, rows, prefix, calibration, bits, seed, dtype, known, record) -> None:
     """GPTQ by Optimum and gptqmodel, and ours with the same settings (no scale search), on the same rows."""
     from peers import make_gptqmodel
 
-    python = make_gptqmodel()
-    folder = ROOT / "build" / "bench_p_gptq"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "rows.json").write_text(json.dumps([row.tolist() for row in calibration]))
-    for bits in bits_list:
-        if not known("Optimum + gptqmodel", bits, 0):
-            command = [python, "-c", PEER, source, folder / "rows.json", str(bits), folder / "peer.pt"]
-            with (folder / "peer.log").open("w") as log:
-                subprocess.run(command, check=True, stdout=log, stderr=log)
-            found = torch.load(folder / "peer.pt")
-            model = load(source)
-            state = model.state_dict()
-            for name, weight in found["weights"].items():
-                state[name].copy_(weight)
-            assert len(found["weights"]) == 210, len(found["weights"])
-            record(
-                method="Optimum + gptqmodel", bits=bits, seed=0, seconds=round(found["seconds"], 1),
-                computed=perplexity(model, rows), stored=perplexity(model, rows, prefix),
-            )  # fmt: skip
-        if not known("GPTQ, no scale search", bits, 0):
-            model = load(source)
-            quantizer = PGPTQQuantizer(
-                bits=bits, group_size=GROUP, dataset=calibration, num_samples=len(calibration), max_length=512,
-                skip_first=0, prefix_weight=1.0, scale_search=False, batch_size=1,
-            )  # fmt: skip
-            began = time.process_time()
-            quantizer.quantize_model(model)
-            seconds = time.process_time() - began
-            record(
-                method="GPTQ, no scale search", bits=bits, seed=0, seconds=round(seconds, 1),
-                computed=perplexity(model, rows), stored=perplexity(model, rows, prefix),
-            )  # fmt: skip
+    in_dtype = {} if dtype == "auto" else {"dtype": dtype}
+    if not known("Optimum + gptqmodel", bits, seed, dtype):
+        with tempfile.TemporaryDirectory(dir=ROOT / "build" / "bench_p_gptq") as folder:
+            given, output, log = (Path(folder, name) for name in ("rows.json", "peer.pt", "peer.log"))
+            given.write_text(json.dumps([row.tolist() for row in calibration]))
+            command = [make_gptqmodel(), "-c", PEER, source, given, str(bits), output, dtype]
+            with log.open("w") as file:
+                if subprocess.run(command, stdout=file, stderr=file).returncode:
+                    sys.exit(log.read_text()[-4000:])
+            found = torch.load(output)
+        model = load(source, dtype)
+        state = model.state_dict()
+        for name, weight in found["weights"].items():
+            state[name].copy_(weight)
+        assert len(found["weights"]) == 210, len(found["weights"])
+        record(
+            method="Optimum + gptqmodel", bits=bits, seed=seed, **in_dtype, seconds=round(found["seconds"], 1),
+            computed=perplexity(model, rows), stored=perplexity(model, rows, prefix),
+        )  # fmt: skip
+    if not known("GPTQ, no scale search", bits, seed, dtype):
+        model = load(source, dtype)
+        quantizer = PGPTQQuantizer(
+            bits=bits, group_size=GROUP, dataset=calibration, num_samples=len(calibration), max_length=512,
+            skip_first=0, prefix_weight=1.0, scale_search=False, batch_size=1,
+        )  # fmt: skip
+        began = time.process_time()
+        quantizer.quantize_model(model)
+        seconds = time.process_time() - began
+        record(
+            method="GPTQ, no scale search", bits=bits, seed=seed, **in_dtype, seconds=round(seconds, 1),
+            computed=perplexity(model, rows), stored=perplexity(model, rows, prefix),
+        )  # fmt: skip
 
 
 def table(runs: list[dict]) -> None:
     print("\n| bits | method | seeds | prefix computed | prefix stored | down_proj error | CPU s |")
     print("|---|---|---|---|---|---|---|")
     for bits, method in dict.fromkeys((run["bits"], run["method"]) for run in runs):
-        mine = [run for run in runs if (run["bits"], run["method"]) == (bits, method)]
+        mine = {run["seed"]: run for run in runs if (run["bits"], run["method"]) == (bits, method)}.values()
         cells = []
         for key, form in (
             ("computed", "{:.2f}"),
@@ -294,20 +304,24 @@ def table(runs: list[dict]) -> None:
                 cell += f" ± {statistics.stdev(values):.2f}"
             cells.append(cell)
         print(f"| {bits} | {method} | {len(mine)} | " + " | ".join(cells) + " |")
-    print("\nPerplexity above GPTQ's with the same rows, mean ± standard error over seeds:")
-    for bits, method in dict.fromkeys((run["bits"], run["method"]) for run in runs if run["method"] in ARMS):
-        plain, mine = (
-            {run["seed"]: run for run in runs if (run["bits"], run["method"]) == (bits, name)}
-            for name in ("GPTQ", method)
-        )
-        seeds = sorted(plain.keys() & mine.keys())
-        if method == "GPTQ" or len(seeds) < 2:
-            continue
-        cells = []
-        for key in ("computed", "stored"):
-            above = [mine[seed][key] - plain[seed][key] for seed in seeds]
-            cells.append(f"{key} {statistics.mean(above):+.3f} ± {statistics.stdev(above) / len(above) ** 0.5:.3f}")
-        print(f"{bits} bits, {method}: {', '.join(cells)}")
+    compared = [("GPTQ", method) for method in ARMS if method != "GPTQ"]
+    for other, method in [*compared, ("Optimum + gptqmodel", "GPTQ, no scale search")]:
+        print(f"\n{method} over {other}, same rows, perplexity as mean ± standard error over seeds:")
+        for bits in dict.fromkeys(run["bits"] for run in runs):
+            theirs, ours = (
+                {(run["seed"], run.get("dtype")): run for run in runs if (run["bits"], run["method"]) == (bits, name)}
+                for name in (other, method)
+            )
+            pairs = {key[0]: (ours[key], run) for key, run in theirs.items() if key in ours}  # a seed counts once
+            if len(pairs) < 2:
+                continue
+            cells = []
+            for key in ("computed", "stored"):
+                above = [mine[key] / their[key] - 1 for mine, their in pairs.values()]
+                error = statistics.stdev(above) / len(above) ** 0.5
+                cells.append(f"{key} {statistics.mean(above):+.2%} ± {error:.2%}")
+            time_ratio = statistics.median(mine["seconds"] / their["seconds"] for mine, their in pairs.values())
+            print(f"{bits} bits, {len(pairs)} seeds: {', '.join(cells)}; CPU time {time_ratio:.2f} (median)")
 
 
 if __name__ == "__main__":
