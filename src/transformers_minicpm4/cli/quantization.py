@@ -33,6 +33,8 @@ def run(action: str, args: argparse.Namespace) -> int:
 
 
 def quantize(args: argparse.Namespace) -> None:
+    import torch
+
     from transformers_minicpm4 import PGPTQConfig, PGPTQQuantizer
 
     names = ("bits", "group_size", "prefix_ids", "skip_first", "prefix_weight", "num_samples", "max_length")
@@ -48,7 +50,10 @@ def quantize(args: argparse.Namespace) -> None:
         **given,
     )
     refuse_missing(args.model)
-    quantizer = PGPTQQuantizer.from_pretrained(args.model, config=config, device=args.device)
+    compute_dtype = None if args.compute_dtype is None else getattr(torch, args.compute_dtype)
+    quantizer = PGPTQQuantizer.from_pretrained(
+        args.model, config=config, device=args.device, compute_dtype=compute_dtype
+    )
     folder = quantizer.quantize(args.output, resume=not args.fresh, max_shard_size=args.max_shard_size)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     worst = max(quantizer.report, key=lambda row: row["error"])

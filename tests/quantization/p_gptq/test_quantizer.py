@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
-from transformers import GemmaConfig, GemmaForCausalLM
+from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
 
 from small_models import OPTIONS, ROWS, SIZES, logits, make
 from transformers_minicpm4.model.prefix_cache import PrefixCache
@@ -121,6 +122,76 @@ def test_a_killed_run_goes_on_and_ends_the_same(tmp_path, monkeypatch):
     assert solved == [2]
     for name in ("model.safetensors", "config.json", "quantize_config.json"):
         assert (tmp_path / "int4" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen"])
+def test_a_checkpoint_in_bfloat16_solved_in_float32_keeps_its_dtype(kind, tmp_path):
+    """The codes are those of a float32 model; what is not quantized is the source's, bit for bit."""
+    make(kind).to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    options = {**OPTIONS, "prefix_ids": [5]}
+    PGPTQQuantizer.from_pretrained(tmp_path / "source", **options, compute_dtype=torch.float32).quantize(
+        tmp_path / "int4"
+    )
+    PGPTQQuantizer.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype=torch.float32), **options
+    ).quantize(tmp_path / "float32")
+    got, wanted = read_gptq(tmp_path / "int4"), read_gptq(tmp_path / "float32")
+    assert set(got) == set(wanted)
+    for name in got:
+        assert torch.equal(got[name].codes, wanted[name].codes)
+        assert torch.equal(got[name].scales, wanted[name].scales)
+    source = load_file(tmp_path / "source" / "model.safetensors")
+    stored = load_file(tmp_path / "int4" / "model.safetensors")
+    kept = {name for name in source if name in stored}
+    assert {name.rpartition(".")[2] for name in kept} == ({"weight", "bias"} if kind == "qwen" else {"weight"})
+    assert all(torch.equal(stored[name], source[name]) for name in kept)
+    assert all(tensor.dtype != torch.float32 for tensor in stored.values())
+    assert json.loads((tmp_path / "int4" / "config.json").read_text())["dtype"] == "bfloat16"
+    prefix = PrefixCache.load(tmp_path / "int4")
+    assert {tensor.dtype for tensor in prefix.keys + prefix.values} == {torch.bfloat16}
+
+
+def test_what_blocks_compute_in(tmp_path, monkeypatch):
+    make().to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    for capability, wanted in (("AVX2", torch.float32), ("AVX512", torch.bfloat16)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda found=capability: found)
+        quantizer = PGPTQQuantizer.from_pretrained(tmp_path / "source", **OPTIONS)
+        assert quantizer.blocks.first_inputs({"input_ids": ROWS[0][None]})[0].dtype == wanted
+    with pytest.raises(ValueError, match="computes in its own dtype"):
+        PGPTQQuantizer.from_pretrained(make(), **OPTIONS, compute_dtype=torch.bfloat16)
+
+
+def test_a_stopped_run_goes_on_from_what_it_stored(tmp_path, monkeypatch):
+    """Factors folded into norms and biases, in float32 over a bfloat16 checkpoint: as solved and as put back."""
+    # As many heads for keys as for queries: v_proj, which has a bias, takes a factor too.
+    make("qwen", num_key_value_heads=4).to(torch.bfloat16).save_pretrained(tmp_path / "source")
+
+    def quantize(folder, compute_dtype):
+        quantizer = PGPTQQuantizer.from_pretrained(
+            tmp_path / "source", **OPTIONS, smoothing=True, compute_dtype=compute_dtype
+        )
+        quantizer.quantize(tmp_path / folder)
+        return quantizer
+
+    report = quantize("whole", torch.float32).report
+    found = {row["layer"].rpartition(".")[2] for row in report if row["block"] < 2 and row["alpha"]}
+    assert {"q_proj", "o_proj", "up_proj"} <= found
+    solve = PGPTQQuantizer._solve_block
+
+    def stopped(self, block, name, index, *args):
+        if index == 2:
+            raise KeyboardInterrupt
+        solve(self, block, name, index, *args)
+
+    monkeypatch.setattr(PGPTQQuantizer, "_solve_block", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        quantize("int4", torch.float32)
+    monkeypatch.setattr(PGPTQQuantizer, "_solve_block", solve)
+    with pytest.raises(ValueError, match="differs in compute dtype"):
+        quantize("int4", torch.bfloat16)
+    quantize("int4", torch.float32)
+    whole, again = (load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "int4"))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
 def test_what_the_folder_holds(tmp_path):

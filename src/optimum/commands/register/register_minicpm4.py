@@ -82,6 +82,12 @@ def quantize_arguments(parser: argparse.ArgumentParser) -> None:
     _option(parser, "--batch-size", "N", "rows that run together", "8", type=int)
     _option(parser, "--seed", "N", "which places of the text become rows", "0", type=int)
     _option(parser, "--device", "NAME", "where blocks are solved, such as cuda", default="cpu")
+    parser.add_argument(
+        "--compute-dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="what blocks compute in while they are solved; the checkpoint keeps MODEL's dtype (default: MODEL's, but "
+        "float32 for bfloat16 on a CPU that has no instructions for it)",
+    )
     _shards(parser)
     _switch(parser, "--fresh", "throw away what an unfinished run left in FOLDER's place", "go on with it")
 

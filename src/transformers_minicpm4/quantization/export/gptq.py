@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -172,7 +172,7 @@ def save_gptq(
         )
         quantization.update(partial_layers(model, names))
         write_json(work / "quantize_config.json", quantization)
-        save_model_files(work, model, tokenizer, quantization)
+        save_model_files(work, model, tokenizer, quantization, state.values())
         if extras is not None:
             extras(work)
     return quantization
@@ -231,11 +231,22 @@ def plain_tensors(
         yield name, tensor
 
 
-def save_model_files(folder: Path, model, tokenizer, quantization: dict[str, Any] | None) -> None:
-    """config.json with `quantization_config`, generation_config.json and the tokenizer's files."""
+def save_model_files(
+    folder: Path,
+    model,
+    tokenizer,
+    quantization: dict[str, Any] | None,
+    tensors: Iterable[torch.Tensor] | None = None,
+) -> None:
+    """
+    config.json with `quantization_config`, generation_config.json and the tokenizer's files.
+
+    Args:
+        tensors: what is saved, in the place of the model's parameters; the first of floating point gives `dtype`.
+    """
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    dtypes = [tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()]
+    dtypes = [tensor.dtype for tensor in tensors or model.parameters() if tensor.is_floating_point()]
     config.dtype = dtypes[0] if dtypes else model.config.dtype
     config.quantization_config = quantization
     if quantization is None:

@@ -31,10 +31,16 @@ class Blocks:
     Args:
         model: in memory, or of empty weights as `open_checkpoint` makes it.
         files: where the tensors of blocks lie, for a model of empty weights.
+        stored_dtype: of parameters that are not quantized, once they are saved; `None`: the dtype they have.
     """
 
-    def __init__(self, model: PreTrainedModel, files: dict[str, Path] | None = None):
-        self.model, self.files = model, files
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        files: dict[str, Path] | None = None,
+        stored_dtype: torch.dtype | None = None,
+    ):
+        self.model, self.files, self.stored_dtype = model, files, stored_dtype
         self.decoder = model.get_decoder()
         layers = getattr(self.decoder, "layers", None)
         if not isinstance(layers, nn.ModuleList) or not len(layers):
@@ -58,6 +64,9 @@ class Blocks:
     @property
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
+
+    def as_stored(self, parameter: torch.Tensor) -> torch.Tensor:
+        return parameter if self.stored_dtype is None else parameter.to(self.stored_dtype)
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[nn.Module]:
@@ -164,19 +173,29 @@ def linear_groups(block: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any]
     return [names for _, names in seen]
 
 
-def open_checkpoint(model_or_path: str | Path, device: torch.device | str = "cpu") -> Blocks:
+def open_checkpoint(
+    model_or_path: str | Path, device: torch.device | str = "cpu", compute_dtype: torch.dtype | None = None
+) -> Blocks:
     """
     A checkpoint whose blocks are read when they are needed; all else is loaded.
+
+    Args:
+        compute_dtype: what blocks compute in. `None`: the checkpoint's dtype, but float32 in the place of bfloat16
+            on a CPU that has no instructions for it.
 
     Raises:
         ValueError: no safetensors files, or files whose names are not those of the model.
     """
     config = AutoConfig.from_pretrained(model_or_path)
+    stored = config.dtype or torch.float32
+    if compute_dtype is None:
+        compute_dtype = torch.float32 if stored == torch.bfloat16 and slow_in_bfloat16(device) else stored
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=compute_dtype)
+    model.config.dtype = stored
     model.eval()
     files = _tensor_files(str(model_or_path))
-    blocks = Blocks(model, files)
+    blocks = Blocks(model, files, stored)
     inside = tuple(f"{name}." for name in blocks.names)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {}) if config.tie_word_embeddings else set()
     rest = [name for name, _ in model.named_parameters() if not name.startswith(inside) and name not in tied]
@@ -186,6 +205,11 @@ def open_checkpoint(model_or_path: str | Path, device: torch.device | str = "cpu
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
     return blocks
+
+
+def slow_in_bfloat16(device: torch.device | str) -> bool:
+    """Whether this is a CPU that computes bfloat16 without instructions for it, many times slower than float32."""
+    return torch.device(device).type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
 
 
 def _tensor_files(model_or_path: str) -> dict[str, Path]:

@@ -28,7 +28,7 @@ from ..export.checkpoint_files import own_tokenizer
 from ..export.gptq import save_gptq
 from ..packing import pack_unit
 from ..quantized_weight import QuantizedWeight
-from .blocks import Blocks, linear_groups, open_checkpoint, run, run_until
+from .blocks import Blocks, linear_groups, open_checkpoint, run, run_until, slow_in_bfloat16
 from .calibration import CalibrationError, batches, calibration_rows, digest
 from .configuration import PGPTQConfig
 from .hessian import Hessian, position_weights
@@ -84,6 +84,7 @@ class PGPTQQuantizer(OptimumQuantizer):
         file_name: str | None = None,
         config: PGPTQConfig | None = None,
         device: torch.device | str = "cpu",
+        compute_dtype: torch.dtype | None = None,
         **options: Any,
     ) -> PGPTQQuantizer:
         """
@@ -91,16 +92,24 @@ class PGPTQQuantizer(OptimumQuantizer):
 
         Args:
             file_name: Optimum's argument for ONNX files; there is none here, and anything but `None` is refused.
+            compute_dtype: what the blocks of a path compute in while they are quantized. What is not quantized is
+                saved in the checkpoint's dtype all the same. `None`: that dtype too, but float32 in the place of
+                bfloat16 on a CPU that has no instructions for it. A model in memory computes in its own dtype.
         """
         if file_name is not None:
             raise ValueError(f"file_name={file_name!r} was given; a checkpoint is named by its folder or Hub id alone")
         quantizer = cls(config, **options)
         if isinstance(model_or_path, PreTrainedModel):
+            if compute_dtype not in (None, model_or_path.dtype):
+                raise ValueError(
+                    f"compute_dtype={compute_dtype} was given with a model in {model_or_path.dtype}; a model in "
+                    "memory computes in its own dtype: load it in the one you want, or give its path"
+                )
             refuse_quantized(model_or_path)
             quantizer.blocks = Blocks(model_or_path)
             return quantizer
         quantizer.source = str(model_or_path)
-        quantizer.blocks = open_checkpoint(model_or_path, device)
+        quantizer.blocks = open_checkpoint(model_or_path, device, compute_dtype)
         refuse_quantized(quantizer.blocks.model)
         return quantizer
 
@@ -164,7 +173,11 @@ class PGPTQQuantizer(OptimumQuantizer):
             raise ValueError("nothing was quantized yet; call quantize_model first")
         config = self.config
         self.check_unchanged(model)
-        state = model.state_dict()
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        state = {
+            name: self.blocks.as_stored(tensor) if name in parameters else tensor
+            for name, tensor in model.state_dict().items()
+        }
         for index in self.weights.finished():
             state.update(self.weights.rest(index))
         save_gptq(
@@ -259,12 +272,19 @@ class PGPTQQuantizer(OptimumQuantizer):
                 "give longer rows, a smaller skip_first, or prefix_weight above 0"
             )
         self._check_widths(blocks)
+        dtype = blocks.model.get_input_embeddings().weight.dtype
+        if dtype == torch.bfloat16 and slow_in_bfloat16(blocks.device):
+            logger.warning_once(
+                "the model computes in bfloat16, for which this CPU has no instructions; load it with "
+                "dtype=torch.float32, which is several times faster here"
+            )
         identity = {
             "version": version("transformers_minicpm4"),
             "config": _digest(config.to_dict()),
             "model": _digest({**blocks.model.config.to_dict(), "_name_or_path": None}),
             "weights": _weights_digest(blocks),
             "calibration rows": digest(rows),
+            "compute dtype": str(dtype),
         }
         self.weights = Store(work_dir, identity)
         done = len(self.weights.finished())
@@ -295,7 +315,7 @@ class PGPTQQuantizer(OptimumQuantizer):
                     self._solve_block(block, blocks.names[index], index, hidden, arguments, counted)
                 for part, further in zip(hidden, arguments, strict=True):
                     part.copy_(run(block, part, further))
-        self.prefix = None if prefix is None else prefix.cache(config.prefix_ids)
+        self.prefix = None if prefix is None else prefix.cache(config.prefix_ids, blocks.stored_dtype)
         self.report = self.weights.report()
 
     def _solve_block(self, block, name, index, hidden, kwargs, counted) -> None:
@@ -360,9 +380,13 @@ class PGPTQQuantizer(OptimumQuantizer):
                         "seconds": round((time.process_time() - began) / len(group), 3),
                     }
                 )
-        weights = {f"{name}.{member}": weight for member, weight in solved.items()}
+        weights = {}
+        for member, weight in solved.items():
+            if weight.bias is not None:
+                weight.bias = self.blocks.as_stored(weight.bias)
+            weights[f"{name}.{member}"] = weight
         rest = {
-            f"{name}.{key}": parameter.detach()
+            f"{name}.{key}": self.blocks.as_stored(parameter.detach())
             for key, parameter in block.named_parameters()
             if key.rpartition(".")[0] not in solved
         }
@@ -402,11 +426,11 @@ class PGPTQQuantizer(OptimumQuantizer):
             weight.scales = (weight.scales.float() / factors[:, None]).to(weight.scales.dtype)
             previous.weight.copy_(weight.dequantize())
             if previous.bias is not None:
-                previous.bias.div_(factors)
+                previous.bias.copy_(self.blocks.as_stored(previous.bias / factors))
         else:
             old = previous.weight.to(torch.float32, copy=True)
-            previous.weight.copy_(old / factors)
-            # What the norm's dtype could hold of the factors is what the weight must undo.
+            previous.weight.copy_(self.blocks.as_stored(old / factors))
+            # What the norm's dtype, once stored, can hold of the factors is what the weight must undo.
             held = previous.weight.float()
             factors = torch.where(held != 0, old / held, torch.ones_like(factors))
         # Norms that add 1 to their weight, or stand elsewhere than Llama's, are found out here and left alone.
@@ -425,7 +449,10 @@ class PGPTQQuantizer(OptimumQuantizer):
     def _put_back(self, block: nn.Module, name: str, index: int) -> None:
         """A block that an earlier run solved."""
         for full, weight in self.weights.block(index).items():
-            block.get_submodule(full[len(name) + 1 :]).weight.copy_(weight.dequantize())
+            module = block.get_submodule(full[len(name) + 1 :])
+            module.weight.copy_(weight.dequantize())
+            if weight.bias is not None:  # smoothing may have divided it
+                module.bias.copy_(weight.bias)
         for full, tensor in self.weights.rest(index).items():
             block.get_parameter(full[len(name) + 1 :]).copy_(tensor)
 
@@ -499,11 +526,11 @@ class _PrefixStream:
         further = {**self.kwargs[index], "past_key_values": self.past, "use_cache": True}
         self.hidden = run(block, self.hidden, further)
 
-    def cache(self, token_ids: list[int]) -> PrefixCache:
+    def cache(self, token_ids: list[int], dtype: torch.dtype | None) -> PrefixCache:
         return PrefixCache(
             list(token_ids),
-            [layer.keys.cpu() for layer in self.past.layers],
-            [layer.values.cpu() for layer in self.past.layers],
+            [layer.keys.to("cpu", dtype) for layer in self.past.layers],
+            [layer.values.to("cpu", dtype) for layer in self.past.layers],
         )
 
 
