@@ -19,11 +19,21 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 
 # In a folder of its own: some engines read every safetensors file that lies beside a checkpoint's weights.
 FILE_NAME = "prefix_cache/keys_values.safetensors"
+
+
+def _device_of(block: nn.Module | None, default: torch.device) -> torch.device:
+    """Where a block computes, which is not where an offloaded one lies."""
+    if block is None:
+        return default
+    named = getattr(getattr(block, "_hf_hook", None), "execution_device", None)
+    device = next(block.parameters()).device if named is None else torch.device(named)
+    return default if device.type == "meta" else device
 
 
 @dataclass
@@ -67,6 +77,8 @@ class PrefixCache:
         try:
             save_file(tensors, partial, metadata={"format": "pt", "token_ids": json.dumps(self.token_ids)})
             os.replace(partial, target)
+        except SafetensorError as error:  # what safetensors says of a full disk
+            raise OSError(f"{partial} could not be written: {error}") from error
         finally:
             partial.unlink(missing_ok=True)
         return target
@@ -112,10 +124,12 @@ class PrefixCache:
             )
         cache = DynamicCache()
         weight = model.get_input_embeddings().weight
-        for index, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
-            cache.update(
-                *(part.to(weight.device, weight.dtype).expand(batch_size, -1, -1, -1) for part in (key, value)), index
-            )
+        # A model may lie on several devices, and parts of it elsewhere until they are needed.
+        blocks = getattr(model.get_decoder(), "layers", None) or [None] * layers
+        for index, (key, value, block) in enumerate(zip(self.keys, self.values, blocks, strict=False)):
+            device = _device_of(block, weight.device)
+            parts = (part.to(device, weight.dtype).expand(batch_size, -1, -1, -1) for part in (key, value))
+            cache.update(*parts, index)
         return cache
 
     def prepend(

@@ -9,11 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GemmaConfig,
+    GemmaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Olmo2Config,
+)
 
 from small_models import OPTIONS, ROWS, SIZES, logits, make
+from transformers_minicpm4 import InfLLMv2Config
 from transformers_minicpm4.model.prefix_cache import PrefixCache
 from transformers_minicpm4.quantization.export.gptq import load_gptq, read_gptq
 from transformers_minicpm4.quantization.p_gptq.calibration import CalibrationError
@@ -158,7 +168,42 @@ def test_what_blocks_compute_in(tmp_path, monkeypatch):
         quantizer = PGPTQQuantizer.from_pretrained(tmp_path / "source", **OPTIONS)
         assert quantizer.blocks.first_inputs({"input_ids": ROWS[0][None]})[0].dtype == wanted
     with pytest.raises(ValueError, match="computes in its own dtype"):
-        PGPTQQuantizer.from_pretrained(make(), **OPTIONS, compute_dtype=torch.bfloat16)
+        PGPTQQuantizer.from_pretrained(make(), **OPTIONS, compute_dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"torch.float16 .* torch.bfloat16, whose values it does not hold"):
+        PGPTQQuantizer.from_pretrained(tmp_path / "source", **OPTIONS, compute_dtype="float16")
+    with pytest.raises(ValueError, match="compute_dtype='half precision' was given"):
+        PGPTQQuantizer.from_pretrained(tmp_path / "source", **OPTIONS, compute_dtype="half precision")
+    with pytest.raises(ValueError, match="device 'cuda:99' cannot be used"):
+        PGPTQQuantizer.from_pretrained(tmp_path / "source", **OPTIONS, device="cuda:99")
+
+
+def test_a_config_without_dtype_keeps_the_files(tmp_path):
+    make().to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    del config["dtype"]
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    PGPTQQuantizer.from_pretrained(tmp_path / "source", **OPTIONS).quantize(tmp_path / "int4")
+    assert load_file(tmp_path / "int4" / "model.safetensors")["model.embed_tokens.weight"].dtype == torch.bfloat16
+    assert json.loads((tmp_path / "int4" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("work_dir", [True, False])
+def test_rows_that_lie_in_files_are_the_rows(work_dir, tmp_path, monkeypatch):
+    from transformers_minicpm4.quantization.p_gptq import quantizer as module
+
+    in_memory = make()
+    PGPTQQuantizer(**OPTIONS).quantize_model(in_memory)
+    monkeypatch.setattr(module, "IN_MEMORY", 0)
+    mapped = []
+    from_file = torch.from_file
+    monkeypatch.setattr(
+        torch, "from_file", lambda *args, **kwargs: mapped.append(args[0]) or from_file(*args, **kwargs)
+    )
+    model = make()
+    PGPTQQuantizer(**OPTIONS).quantize_model(model, work_dir=tmp_path if work_dir else None)
+    assert len(mapped) == 3
+    assert torch.equal(logits(model), logits(in_memory))
+    assert not any(path.name.startswith(".rows") for path in tmp_path.iterdir())
 
 
 def test_a_stopped_run_goes_on_from_what_it_stored(tmp_path, monkeypatch):
@@ -294,8 +339,9 @@ def test_a_disk_that_is_full_leaves_nothing_half_written(tmp_path, monkeypatch):
         ({"dataset": [torch.tensor([3, -100])]}, CalibrationError, "token -100 and the model knows 128"),
         ({"prefix_ids": [999]}, CalibrationError, "token 999 and the model knows 128"),
         ({"dataset": [{"input_ids": torch.ones(2, 8, dtype=torch.long)}]}, CalibrationError, "a batch of shape"),
+        ({"dataset": [{"input_ids": [1, 2, 3], "attention_mask": [1]}]}, CalibrationError, "attention_mask of 1"),
         ({"group_size": 48}, ValueError, "64 inputs, which group_size=48 does not divide"),
-        ({"modules_in_block_to_quantize": [["mlp.fc"]]}, ValueError, "no linear layer 'mlp.fc'; they have self_attn"),
+        ({"modules_in_block_to_quantize": [["mlp.fc"]]}, ValueError, "no linear layer 'mlp.fc'; it has self_attn"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(options, error, message):
@@ -330,6 +376,94 @@ def test_a_model_is_quantized_once_and_saved_as_it_was_quantized(tmp_path):
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.up_proj was changed after it was quantized"):
         quantizer.save(model, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_model_in_memory_is_not_quantized_anew_by_another_way(tmp_path):
+    quantizer = PGPTQQuantizer.from_pretrained(make(), **OPTIONS)
+    quantizer.quantize(tmp_path / "once")
+    with pytest.raises(ValueError, match="was quantized by P-GPTQ"):
+        quantizer.quantize(tmp_path / "twice")
+    quantizer = PGPTQQuantizer(**OPTIONS)
+    quantizer.quantize_model(make())
+    with pytest.raises(ValueError, match="was quantized by P-GPTQ"):
+        quantizer.quantize(tmp_path / "twice", resume=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["once"]
+
+
+def test_changes_beside_the_quantized_weights_are_saved_and_of_them_refused(tmp_path):
+    """Training norms, or layers that were left out, after quantization is nobody's mistake."""
+    model = make("qwen")
+    quantizer = PGPTQQuantizer(**OPTIONS, modules_in_block_to_quantize=[["mlp.gate_proj", "mlp.up_proj"]])
+    quantizer.quantize_model(model)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.mul_(2)
+        model.model.layers[1].input_layernorm.weight.mul_(3)
+    quantizer.save(model, tmp_path / "changed")
+    assert torch.equal(logits(load_gptq(tmp_path / "changed", torch.float32)), logits(model))
+
+    model = make("qwen")
+    quantizer = PGPTQQuantizer(**OPTIONS)
+    quantizer.quantize_model(model)
+    with torch.no_grad():
+        model.model.layers[2].self_attn.v_proj.bias.add_(1)
+    with pytest.raises(ValueError, match=r"layers\.2\.self_attn\.v_proj was changed"):
+        quantizer.save(model, tmp_path / "bias")
+
+
+def test_every_blocks_widths_are_looked_at(tmp_path):
+    model = make()
+    model.model.layers[2].mlp.up_proj = nn.Linear(64, 100, bias=False)
+    model.model.layers[2].mlp.gate_proj = nn.Linear(64, 100, bias=False)
+    model.model.layers[2].mlp.down_proj = nn.Linear(100, 64, bias=False)
+    before = logits(model)
+    with pytest.raises(ValueError, match=r"model\.layers\.2\.mlp\.gate_proj has 64 inputs and 100 outputs"):
+        PGPTQQuantizer(**OPTIONS).quantize_model(model)
+    assert torch.equal(logits(model), before)
+
+
+def test_an_adapter_is_not_taken_for_weights():
+    model = get_peft_model(make(), LoraConfig(r=64, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"q_proj has an adapter beside it; call merge_and_unload"):
+        PGPTQQuantizer(**OPTIONS).quantize_model(model)
+
+
+def test_a_mixture_says_what_stays(tmp_path, monkeypatch):
+    from transformers_minicpm4.quantization.p_gptq import quantizer as module
+
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1)).eval()
+    said = []
+    monkeypatch.setattr(module.logger, "warning_once", said.append)
+    quantizer = PGPTQQuantizer(**OPTIONS)
+    quantizer.quantize_model(model)
+    (line,) = (line for line in said if "stay as they are" in line)
+    assert line.startswith("9 matrices within the blocks, such as model.layers.0.")  # router and two of the experts'
+    quantizer.save(model, tmp_path / "int4")
+    assert "and 9 matrices within the blocks" in (tmp_path / "int4" / "README.md").read_text()
+    assert torch.equal(logits(load_gptq(tmp_path / "int4", torch.float32)), logits(model))
+
+
+def test_a_prefix_in_front_of_sparse_attention(tmp_path):
+    """MiniCPM4.1's config: blocks ask the cache for compressed keys, in calibration too."""
+    sparse = InfLLMv2Config(dense_len=0, kernel_size=4, kernel_stride=2, block_size=4, topk=3, window_size=8)
+    model = make("minicpm4", sparse_config=sparse)
+    expected = PrefixCache.from_model(model, [5, 6])
+    model.save_pretrained(tmp_path / "source")
+    quantizer = PGPTQQuantizer.from_pretrained(tmp_path / "source", **OPTIONS, prefix_ids=[5, 6])
+    quantizer.quantize(tmp_path / "int4")
+    found = quantizer.prefix
+    for got, want in zip(found.keys + found.values, expected.keys + expected.values, strict=True):
+        assert torch.allclose(got, want, atol=1e-6)
+    in_memory = PGPTQQuantizer(**OPTIONS, prefix_ids=[5, 6])
+    in_memory.quantize_model(model)
+    read = load_gptq(tmp_path / "int4", torch.float32)
+    assert torch.equal(logits(read), logits(model))
+    ids, mask = found.prepend(ROWS[0][None])
+    with torch.no_grad():
+        given = read(ids[:, 2:], attention_mask=mask, past_key_values=found.to_cache(read)).logits
+        computed = read(ids).logits[:, 2:]
+    assert not torch.equal(given, computed)  # full precision's keys and values, not its own
+    assert (given - computed).norm() < 0.5 * computed.norm()
 
 
 def test_foreign_models_and_arguments_are_refused(tmp_path):
@@ -396,6 +530,22 @@ def test_smoothing_undoes_what_a_foreign_norm_does_not_take():
     quantizer.quantize_model(model)
     assert all(map(torch.equal, norms, before))
     assert all(row["alpha"] in (None, 0.0) for row in quantizer.report if row["layer"].endswith(("q_proj", "up_proj")))
+
+
+@pytest.mark.parametrize("kind", [Olmo2Config, Gemma2Config])
+def test_smoothing_leaves_norms_alone_that_stand_behind_layers(kind):
+    """Their `post_attention_layernorm` feeds the residual: a factor in it would be undone nowhere."""
+    torch.manual_seed(0)
+    options = {"head_dim": 16} if kind is Gemma2Config else {}
+    model = AutoModelForCausalLM.from_config(kind(**{**SIZES, "num_key_value_heads": 4}, **options)).eval()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1e-4)  # in block 0 the norm's output is nearly all of the residual
+    norms = {name: weight for name, weight in model.named_parameters() if "post_attention_layernorm" in name}
+    before = {name: weight.clone() for name, weight in norms.items()}
+    quantizer = PGPTQQuantizer(**OPTIONS, smoothing=True)
+    quantizer.quantize_model(model)
+    assert len(before) == 3
+    assert all(torch.equal(norms[name], before[name]) for name in norms)
 
 
 def test_copies_of_a_config_choose_their_defaults_anew():

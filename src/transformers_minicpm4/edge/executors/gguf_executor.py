@@ -243,7 +243,7 @@ def export_gguf(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from ...quantization.bitcpm4.quantizer import PackedWeights
-    from ...quantization.export.checkpoint_files import quantized_by
+    from ...quantization.export.checkpoint_files import own_tokenizer, quantized_by
     from ...quantization.export.gguf import gptq_to_gguf, save_gguf
 
     if type not in TYPES:
@@ -272,18 +272,7 @@ def export_gguf(
         weights = PackedWeights(model)
     else:
         weights = _EightBits(model) if type == "q8_0" else None
-    return save_gguf(path, model, weights, tokenizer=tokenizer_of(folder), **options)
-
-
-def tokenizer_of(source: str | os.PathLike):
-    """The tokenizer beside a checkpoint's weights; `None` where there is none, for which Transformers invents one."""
-    from ...quantization.export.checkpoint_files import own_tokenizer
-
-    folder = Path(source)
-    files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-    if folder.is_dir() and not any((folder / name).is_file() for name in files):
-        return None
-    return own_tokenizer(source)
+    return save_gguf(path, model, weights, tokenizer=own_tokenizer(folder), **options)
 
 
 __all__ = ["TYPES", "GGUFExecutor", "export_gguf"]

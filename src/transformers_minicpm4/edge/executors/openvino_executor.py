@@ -20,10 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ...quantization.bitcpm4.packed_linear import TernaryLinear
-from ...quantization.export.checkpoint_files import new_folder, quantized_by
+from ...quantization.export.checkpoint_files import new_folder, own_tokenizer, quantized_by
 from ..runner import check_model
 from ..trace import Trace
-from .gguf_executor import tokenizer_of
 from .protocol import Executor, Scores
 
 
@@ -191,7 +190,7 @@ def export_openvino(folder: str | os.PathLike, output: str | os.PathLike, type: 
         plain = model.config.to_dict()
         plain.pop("quantization_config", None)
         model.config.__class__.from_dict(plain).save_pretrained(work)
-        tokenizer = tokenizer_of(folder)
+        tokenizer = own_tokenizer(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(work)
 

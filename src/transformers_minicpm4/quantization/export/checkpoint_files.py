@@ -92,11 +92,26 @@ def quantized_by(config) -> str | None:
 
 
 def own_tokenizer(source: str | os.PathLike):
-    """The tokenizer beside a checkpoint's weights, or `None` where there is none."""
+    """The tokenizer beside a checkpoint's weights; `None` where there is none, for which Transformers invents one."""
+    folder = Path(source)
+    files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    if folder.is_dir() and not any((folder / name).is_file() for name in files):
+        return None
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError):
         return None
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """
+    Raises:
+        OSError: as for any file; safetensors has an error of its own for a full disk.
+    """
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
 
 
 def write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_size: int | str) -> None:
@@ -113,7 +128,7 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_
     pending: dict[str, torch.Tensor] = {}
 
     def flush():
-        save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        write_tensors(folder / f"shard-{len(shards)}", pending)
         shards.append(list(pending))
         pending.clear()
 

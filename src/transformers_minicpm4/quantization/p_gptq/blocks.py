@@ -16,7 +16,7 @@ from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 
@@ -55,6 +55,11 @@ class Blocks:
                 f"{absent[0]} is not in memory (meta or offloaded); pass the checkpoint's path, whose blocks are "
                 "read one by one, or load the model without offloading"
             )
+        adapted = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
+        if adapted:
+            raise ValueError(
+                f"{adapted[0]} has an adapter beside it; call merge_and_unload() first, or take the model without it"
+            )
         name = next(name for name, module in model.named_modules() if module is layers)
         self.names = [f"{name}.{index}" for index in range(len(layers))]
 
@@ -84,8 +89,15 @@ class Blocks:
             gc.collect()
 
     @torch.no_grad()
-    def first_inputs(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, list[dict[str, Any]]]:
-        """What the first block is given for a batch, `[B, S, hidden]`, and each block's further arguments."""
+    def first_inputs(
+        self, batch: dict[str, torch.Tensor], past_key_values: Cache | None = None
+    ) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+        """
+        What the first block is given for a batch, `[B, S, hidden]`, and each block's further arguments.
+
+        Args:
+            past_key_values: an empty cache; the decoder may give it the kinds of layers that its blocks want.
+        """
         found: list[dict[str, Any]] = [{} for _ in self.layers]
         hidden: list[torch.Tensor] = []
 
@@ -106,7 +118,11 @@ class Blocks:
         for index, layer in enumerate(self.layers):
             layer.forward = stand_in(index)
         try:
-            self.decoder(**{name: value.to(self.device) for name, value in batch.items()}, use_cache=False)
+            self.decoder(
+                **{name: value.to(self.device) for name, value in batch.items()},
+                past_key_values=past_key_values,
+                use_cache=past_key_values is not None,
+            )
         finally:
             for layer, forward in zip(self.layers, own, strict=True):
                 if forward is None:
@@ -142,6 +158,17 @@ def run_until(block: nn.Module, module: nn.Module, hidden: torch.Tensor, kwargs:
             "modules_in_block_to_quantize"
         )
     return found[0]
+
+
+def feeds(block: nn.Module, giver: nn.Module, reader: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether what `giver` returns is the very tensor that `reader` is given."""
+    given: list[torch.Tensor] = []
+    handle = giver.register_forward_hook(lambda _, __, output: given.append(output))
+    try:
+        read = run_until(block, reader, hidden, kwargs)
+    finally:
+        handle.remove()
+    return any(read is tensor for tensor in given)
 
 
 def linear_groups(block: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any]) -> list[list[str]]:
@@ -184,19 +211,36 @@ def open_checkpoint(
             on a CPU that has no instructions for it.
 
     Raises:
-        ValueError: no safetensors files, or files whose names are not those of the model.
+        ValueError: no safetensors files, or files whose names are not those of the model; a device that is not there;
+            a compute dtype that does not hold the checkpoint's values.
     """
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
     config = AutoConfig.from_pretrained(model_or_path)
-    stored = config.dtype or torch.float32
+    files = _tensor_files(str(model_or_path))
+    stored = config.dtype or _dtype_of(files)
     if compute_dtype is None:
         compute_dtype = torch.float32 if stored == torch.bfloat16 and slow_in_bfloat16(device) else stored
+    elif torch.promote_types(stored, compute_dtype) != compute_dtype:
+        raise ValueError(
+            f"compute_dtype={compute_dtype} was given for a checkpoint in {stored}, whose values it does not hold; "
+            f"give {stored}, torch.float32, or nothing"
+        )
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=compute_dtype)
     model.config.dtype = stored
     model.eval()
-    files = _tensor_files(str(model_or_path))
     blocks = Blocks(model, files, stored)
     inside = tuple(f"{name}." for name in blocks.names)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    buffers = [name for name in model.state_dict() if name not in parameters]
+    if buffers:
+        raise ValueError(
+            f"{buffers[0]} of {type(model).__name__} is a buffer that is saved, and only parameters are read block by "
+            "block; load the model with from_pretrained and pass it instead of the path"
+        )
     tied = set(getattr(model, "all_tied_weights_keys", None) or {}) if config.tie_word_embeddings else set()
     rest = [name for name, _ in model.named_parameters() if not name.startswith(inside) and name not in tied]
     _fill(model, rest, files, device)
@@ -205,6 +249,17 @@ def open_checkpoint(
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
     return blocks
+
+
+def _dtype_of(files: dict[str, Path]) -> torch.dtype:
+    """Of the first tensor of floating point, for a config that does not say."""
+    for name, path in files.items():
+        with safe_open(path, "pt") as file:
+            part = file.get_slice(name)
+            tensor = part[:1] if part.get_shape() else file.get_tensor(name)
+        if tensor.is_floating_point():
+            return tensor.dtype
+    return torch.float32
 
 
 def slow_in_bfloat16(device: torch.device | str) -> bool:

@@ -166,7 +166,12 @@ def _tokenized(first: Any, rest: Iterable, num_samples: int, max_length: int, co
                 "or are tokens (a list or tensor of one row of token ids, or a mapping with input_ids)"
             )
         if mask is not None:
-            ids = ids[torch.as_tensor(mask).reshape(-1) != 0]
+            mask = torch.as_tensor(mask).reshape(-1)
+            if len(mask) != len(ids):
+                raise CalibrationError(
+                    f"calibration row {len(taken)} has {len(ids)} input_ids and an attention_mask of {len(mask)}"
+                )
+            ids = ids[mask != 0]
         ids = ids[:max_length].to(torch.int64).cpu()
         if len(ids) < 2:
             raise CalibrationError(f"calibration row {len(taken)} has {len(ids)} tokens; a row needs at least 2")

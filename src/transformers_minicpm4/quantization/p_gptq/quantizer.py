@@ -28,7 +28,7 @@ from ..export.checkpoint_files import own_tokenizer
 from ..export.gptq import save_gptq
 from ..packing import pack_unit
 from ..quantized_weight import QuantizedWeight
-from .blocks import Blocks, linear_groups, open_checkpoint, run, run_until, slow_in_bfloat16
+from .blocks import Blocks, feeds, linear_groups, open_checkpoint, run, run_until, slow_in_bfloat16
 from .calibration import CalibrationError, batches, calibration_rows, digest
 from .configuration import PGPTQConfig
 from .hessian import Hessian, position_weights
@@ -84,7 +84,7 @@ class PGPTQQuantizer(OptimumQuantizer):
         file_name: str | None = None,
         config: PGPTQConfig | None = None,
         device: torch.device | str = "cpu",
-        compute_dtype: torch.dtype | None = None,
+        compute_dtype: torch.dtype | str | None = None,
         **options: Any,
     ) -> PGPTQQuantizer:
         """
@@ -92,10 +92,16 @@ class PGPTQQuantizer(OptimumQuantizer):
 
         Args:
             file_name: Optimum's argument for ONNX files; there is none here, and anything but `None` is refused.
-            compute_dtype: what the blocks of a path compute in while they are quantized. What is not quantized is
-                saved in the checkpoint's dtype all the same. `None`: that dtype too, but float32 in the place of
-                bfloat16 on a CPU that has no instructions for it. A model in memory computes in its own dtype.
+            compute_dtype: what the blocks of a path compute in while they are quantized, a dtype that holds the
+                checkpoint's values. What is not quantized is saved in the checkpoint's dtype all the same. `None`:
+                that dtype too, but float32 in the place of bfloat16 on a CPU that has no instructions for it. A model
+                in memory computes in its own dtype.
         """
+        if isinstance(compute_dtype, str):
+            found = getattr(torch, compute_dtype, None)
+            if not isinstance(found, torch.dtype):
+                raise ValueError(f"compute_dtype={compute_dtype!r} was given; it is a dtype such as torch.float32")
+            compute_dtype = found
         if file_name is not None:
             raise ValueError(f"file_name={file_name!r} was given; a checkpoint is named by its folder or Hub id alone")
         quantizer = cls(config, **options)
@@ -133,6 +139,8 @@ class PGPTQQuantizer(OptimumQuantizer):
             raise ValueError("there is no model to quantize; make the quantizer with from_pretrained")
         target = Path(save_dir)
         refuse_filled(target)
+        if self.blocks.files is None:
+            refuse_quantized(self.blocks.model)
         work = target.with_name(target.name + ".unfinished")
         if not resume and (work / STATE).is_file():
             shutil.rmtree(work)
@@ -178,8 +186,9 @@ class PGPTQQuantizer(OptimumQuantizer):
             name: self.blocks.as_stored(tensor) if name in parameters else tensor
             for name, tensor in model.state_dict().items()
         }
-        for index in self.weights.finished():
-            state.update(self.weights.rest(index))
+        if self.blocks.files is not None:  # in memory the model has them, changed since perhaps
+            for index in self.weights.finished():
+                state.update(self.weights.rest(index))
         save_gptq(
             save_dir,
             model,
@@ -197,13 +206,18 @@ class PGPTQQuantizer(OptimumQuantizer):
         """What a checkpoint has beside its weights: the prefix, the report with its picture, the card."""
         if self.prefix is not None:
             self.prefix.save(folder)
-        write_report(folder, self.report, self.config, self._name(model), self.num_rows)
+        write_report(folder, self.report, self.config, self._name(model), self.num_rows, self._left())
 
     def check_unchanged(self, model: PreTrainedModel) -> None:
         """Raise ValueError where the model's layers are not what was quantized: the file would not have the change."""
         for name in self.weights:
-            weight = model.get_submodule(name).weight
-            if not weight.is_meta and not torch.equal(weight, self.weights[name].dequantize().to(weight)):
+            module, stored = model.get_submodule(name), self.weights[name]
+            pairs = [(module.weight, stored.dequantize()), (module.bias, stored.bias)]
+            if any(
+                (now is None) != (then is None)
+                or (now is not None and not now.is_meta and not torch.equal(now, then.to(now)))
+                for now, then in pairs
+            ):
                 raise ValueError(
                     f"{name} was changed after it was quantized, or is another model's; quantize this model, or keep "
                     "the change in an adapter"
@@ -242,10 +256,12 @@ class PGPTQQuantizer(OptimumQuantizer):
             raise CalibrationError(
                 "there is no calibration data; give dataset= (texts, token rows, a datasets.Dataset)"
             )
-        if config.skip_first and config.prefix_weight < 1 and not config.prefix_ids:
+        kept = len(config.prefix_ids or [])
+        if config.skip_first > kept and config.prefix_weight < 1:
             logger.warning_once(
-                f"the first {config.skip_first} positions count {config.prefix_weight:g} and no prefix is stored: the "
-                "quantized model computes them itself, and may do so badly. Give prefix_ids, or prefix_weight=1."
+                f"the first {config.skip_first} positions count {config.prefix_weight:g} and {kept or 'none'} of them "
+                f"{'is' if kept < 2 else 'are'} stored: the quantized model computes the others itself, and may do so "
+                "badly. Give more prefix_ids, a smaller skip_first, or prefix_weight=1."
             )
         rows = calibration_rows(
             config.dataset,
@@ -275,8 +291,8 @@ class PGPTQQuantizer(OptimumQuantizer):
         dtype = blocks.model.get_input_embeddings().weight.dtype
         if dtype == torch.bfloat16 and slow_in_bfloat16(blocks.device):
             logger.warning_once(
-                "the model computes in bfloat16, for which this CPU has no instructions; load it with "
-                "dtype=torch.float32, which is several times faster here"
+                "blocks compute in bfloat16, for which this CPU has no instructions; float32 is several times faster: "
+                + ("compute_dtype=torch.float32" if blocks.files else "load the model with dtype=torch.float32")
             )
         identity = {
             "version": version("transformers_minicpm4"),
@@ -315,6 +331,11 @@ class PGPTQQuantizer(OptimumQuantizer):
                     self._solve_block(block, blocks.names[index], index, hidden, arguments, counted)
                 for part, further in zip(hidden, arguments, strict=True):
                     part.copy_(run(block, part, further))
+        left = self._left()
+        if left and config.modules_in_block_to_quantize is None:
+            logger.warning_once(
+                f"{len(left)} matrices within the blocks, such as {left[0]}, are no nn.Linear and stay as they are"
+            )
         self.prefix = None if prefix is None else prefix.cache(config.prefix_ids, blocks.stored_dtype)
         self.report = self.weights.report()
 
@@ -336,9 +357,16 @@ class PGPTQQuantizer(OptimumQuantizer):
             for part, further, weights in zip(hidden, kwargs, counted, strict=True):
                 hessian.add(run_until(block, modules[0], part, further), weights)
             matrix = hessian.finish()
+            sizes = [module.out_features for module in modules]
+            parts = [slice(sum(sizes[:at]), sum(sizes[: at + 1])) for at in range(len(sizes))]
             stacked = torch.cat([module.weight for module in modules]).float()
             if not bool(torch.isfinite(stacked).all()):
                 raise CannotFactor(f"{name}.{group[0]} (or a layer beside it) has weights that are not finite")
+            rounded = round_to_nearest(stacked, bits=config.bits, group_size=config.group_size, symmetric=config.sym)
+            rounding_errors = [
+                output_error(one, _rows(rounded, part), matrix)
+                for one, part in zip(stacked.split(sizes), parts, strict=True)
+            ]
             alpha = None
             # A layer before may be changed only where everything that reads its output is at hand.
             if config.smoothing and any(set(group) == set(together) for together in readers):
@@ -359,11 +387,7 @@ class PGPTQQuantizer(OptimumQuantizer):
                 )
             except CannotFactor as error:
                 raise CannotFactor(f"{name}.{group[0]}: {error}") from error
-            rounded = round_to_nearest(stacked, bits=config.bits, group_size=config.group_size, symmetric=config.sym)
-            start = 0
-            for member, module in zip(group, modules, strict=True):
-                part = slice(start, start + module.out_features)
-                start += module.out_features
+            for member, module, part, rounding_error in zip(group, modules, parts, rounding_errors, strict=True):
                 mine = _rows(quantized, part)
                 mine.bias = module.bias
                 solved[member] = mine
@@ -373,7 +397,7 @@ class PGPTQQuantizer(OptimumQuantizer):
                         "layer": f"{name}.{member}",
                         "block": index,
                         "error": output_error(stacked[part], mine, matrix),
-                        "rounding_error": output_error(stacked[part], _rows(rounded, part), matrix),
+                        "rounding_error": rounding_error,
                         "damp_percent": damp,
                         "rows": hessian.rows,
                         "alpha": alpha,
@@ -404,6 +428,9 @@ class PGPTQQuantizer(OptimumQuantizer):
             previous = None
         foldable = isinstance(previous, nn.Linear) or type(previous).__name__.endswith("RMSNorm")
         if not foldable or previous.weight.shape[0] != stacked.shape[1]:
+            return stacked, matrix, None
+        # A norm behind a layer (OLMo 2, Gemma 2) has a name of Llama's, and what it gives goes elsewhere too.
+        if not isinstance(previous, nn.Linear) and not feeds(block, previous, modules[0], hidden, kwargs):
             return stacked, matrix, None
         factors, alpha = search_factors(
             stacked,
@@ -467,27 +494,29 @@ class PGPTQQuantizer(OptimumQuantizer):
 
     def _check_widths(self, blocks: Blocks) -> None:
         config, unit = self.config, pack_unit(self.config.bits)
-        linears = {name: module for name, module in blocks.layers[0].named_modules() if isinstance(module, nn.Linear)}
         wanted = config.modules_in_block_to_quantize
-        if wanted is not None:
-            unknown = [name for group in wanted for name in group if name not in linears]
-            if unknown:
-                raise ValueError(f"the blocks have no linear layer {unknown[0]!r}; they have {', '.join(linears)}")
-            linears = {name: linears[name] for group in wanted for name in group}
-        if not linears:
-            raise ValueError("the blocks have no nn.Linear; is this model quantized already?")
-        for name, module in linears.items():
-            size = module.in_features if config.group_size == -1 else config.group_size
-            if module.in_features % size:
-                raise ValueError(
-                    f"{name} has {module.in_features} inputs, which group_size={size} does not divide; use one that "
-                    "does, or -1"
-                )
-            if module.in_features % unit or module.out_features % unit:
-                raise ValueError(
-                    f"{name} has {module.in_features} inputs and {module.out_features} outputs; {config.bits}-bit "
-                    f"files need multiples of {unit}. Leave it out with modules_in_block_to_quantize"
-                )
+        for block, layer in zip(blocks.names, blocks.layers, strict=True):
+            linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+            if wanted is not None:
+                unknown = [name for group in wanted for name in group if name not in linears]
+                if unknown:
+                    raise ValueError(f"{block} has no linear layer {unknown[0]!r}; it has {', '.join(linears)}")
+                linears = {name: linears[name] for group in wanted for name in group}
+            if not linears:
+                raise ValueError(f"{block} has no nn.Linear; is this model quantized already?")
+            for name, module in linears.items():
+                size = module.in_features if config.group_size == -1 else config.group_size
+                if module.in_features % size:
+                    raise ValueError(
+                        f"{block}.{name} has {module.in_features} inputs, which group_size={size} does not divide; "
+                        "use one that does, or -1"
+                    )
+                if module.in_features % unit or module.out_features % unit:
+                    raise ValueError(
+                        f"{block}.{name} has {module.in_features} inputs and {module.out_features} outputs; "
+                        f"{config.bits}-bit files need multiples of {unit}. Leave it out with "
+                        "modules_in_block_to_quantize"
+                    )
 
     def _module(self, block: nn.Module, name: str, member: str) -> nn.Linear:
         try:
@@ -505,6 +534,15 @@ class PGPTQQuantizer(OptimumQuantizer):
         # Where a checkpoint has none, texts for calibration say what is missing.
         return None if self.source is None else own_tokenizer(self.source)
 
+    def _left(self) -> list[str]:
+        """Matrices within the blocks that are not quantized, by name."""
+        return [
+            f"{name}.{key}"
+            for name, layer in zip(self.blocks.names, self.blocks.layers, strict=True)
+            for key, parameter in layer.named_parameters()
+            if parameter.dim() > 1 and f"{name}.{key}".removesuffix(".weight") not in self.weights
+        ]
+
     def _name(self, model: PreTrainedModel) -> str:
         return self.source or getattr(model.config, "_name_or_path", "") or type(model).__name__
 
@@ -514,8 +552,10 @@ class _PrefixStream:
 
     def __init__(self, blocks: Blocks, prefix_ids: list[int]):
         ids = torch.tensor([prefix_ids])
-        self.hidden, self.kwargs = blocks.first_inputs({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
         self.past = DynamicCache()
+        self.hidden, self.kwargs = blocks.first_inputs(
+            {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, self.past
+        )
 
     def into(self, hidden: list[torch.Tensor]) -> None:
         """Rows see the prefix as full precision has it, as they will from the stored keys and values."""

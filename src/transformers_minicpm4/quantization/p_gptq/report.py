@@ -44,11 +44,18 @@ with larger error at those positions.
 """
 
 
-def write_report(folder: Path, rows: list[dict[str, Any]], config: PGPTQConfig, source: str, num_rows: int) -> None:
-    """Write report, picture (where matplotlib is installed) and `README.md` into a checkpoint's folder."""
+def write_report(
+    folder: Path, rows: list[dict[str, Any]], config: PGPTQConfig, source: str, num_rows: int, left: list[str]
+) -> None:
+    """
+    Write report, picture (where matplotlib is installed) and `README.md` into a checkpoint's folder.
+
+    Args:
+        left: matrices within blocks that were not quantized.
+    """
     (folder / REPORT).write_text(json.dumps({"config": config.to_dict(), "layers": rows}, indent=1), encoding="utf-8")
     drawn = draw_errors(folder / PICTURE, rows)
-    (folder / "README.md").write_text(card(rows, config, source, drawn, num_rows), encoding="utf-8")
+    (folder / "README.md").write_text(card(rows, config, source, drawn, num_rows, left), encoding="utf-8")
 
 
 def by_kind(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -59,7 +66,9 @@ def by_kind(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return kinds
 
 
-def card(rows: list[dict[str, Any]], config: PGPTQConfig, source: str, picture: bool, num_rows: int) -> str:
+def card(
+    rows: list[dict[str, Any]], config: PGPTQConfig, source: str, picture: bool, num_rows: int, left: list[str]
+) -> str:
     """The model card as text."""
     from huggingface_hub import ModelCardData
 
@@ -85,7 +94,8 @@ def card(rows: list[dict[str, Any]], config: PGPTQConfig, source: str, picture: 
         else "group-aware order"
         if config.act_group_aware
         else "in order",
-        "not quantized": "embeddings, head, norms, biases",
+        "not quantized": "embeddings, head, norms, biases"
+        + (f", and {len(left)} matrices within the blocks, such as `{left[0]}`" if left else ""),
     }
     kinds = by_kind(rows)
     if config.modules_in_block_to_quantize is not None:

@@ -157,7 +157,8 @@ def inverse_factor(
     """
     if not bool(torch.isfinite(hessian).all()):
         raise CannotFactor("the Hessian is not finite: calibration rows contain NaN or infinite activations")
-    wide = torch.float64 if hessian.shape[0] <= FLOAT64_WIDTH else torch.float32
+    # Apple's GPUs have no float64.
+    wide = torch.float64 if hessian.shape[0] <= FLOAT64_WIDTH and hessian.device.type != "mps" else torch.float32
     matrix = hessian.to(wide)
     matrix = matrix[order][:, order] if order is not None else matrix.clone()
     dead = dead if order is None else dead[order]
