@@ -2,8 +2,13 @@
 
 import argparse
 import json
+import shutil
+import signal
 import subprocess
 import sys
+import sysconfig
+import time
+import venv
 import zipfile
 from pathlib import Path
 
@@ -66,6 +71,33 @@ def test_quantize_then_export(source, tmp_path):
     refused = cli("export", source, "--to", "marlin", "-o", tmp_path / "marlin", code=2)
     assert "not quantized and cannot become marlin" in refused.stderr
     assert not (tmp_path / "marlin").exists()
+
+
+def test_a_stopped_command_goes_on(source, tmp_path):
+    """Ctrl-C between blocks, with the options that a plain run does not take."""
+    lines = "\n".join(f"Line {number} of a text about rivers and bridges." for number in range(8000))
+    (tmp_path / "text.txt").write_text(lines)
+    arguments = [
+        "quantize", source, "-o", tmp_path / "int4", "--dataset", tmp_path / "text.txt", "--preset", "minicpm4",
+        "--group-size", 32, "--num-samples", 256, "--max-length", 128, "--smoothing", "--asymmetric",
+        "--compute-dtype", "float32",
+    ]  # fmt: skip
+    command = [OPTIMUM, "minicpm4", *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "int4.unfinished" / "block-00000.safetensors").is_file():
+            assert process.poll() is None, process.stderr.read()[-2000:]
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, said[-2000:]
+    assert "stopped; the same command goes on" in said
+    assert not (tmp_path / "int4").exists()
+    done = cli(*arguments)
+    assert "blocks found in" in done.stderr
+    config = json.loads((tmp_path / "int4" / "quantize_config.json").read_text())
+    assert config["checkpoint_format"] == "gptq_v2"
+    assert config["meta"]["method"] == "S-P-GPTQ"
+    assert not (tmp_path / "int4.unfinished").exists()
 
 
 def test_ternarize_then_export(source, tmp_path):
@@ -139,8 +171,10 @@ def test_help_is_light_and_teaches(tmp_path):
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, timeout=60)
 
 
-def test_the_wheel_carries_the_plug_in_and_no_init_on_its_path(tmp_path):
-    """The wheel, unpacked beside optimum alone, adds the command; sources, templates and kernels are inside."""
+def test_the_wheel_carries_the_plug_in_and_no_init_on_its_path(source, tmp_path):
+    """
+    Installed into an environment where nothing of this repository can be seen, it adds the command, and that works.
+    """
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT],
         check=True,
@@ -150,19 +184,37 @@ def test_the_wheel_carries_the_plug_in_and_no_init_on_its_path(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-        archive.extractall(tmp_path / "site")
     assert "optimum/commands/register/register_minicpm4.py" in names
     assert not any(name.startswith("optimum/") and name.endswith("__init__.py") for name in names)
     assert "transformers_minicpm4/quantization/bitcpm4/ternary_cpu.cpp" in names
-    script = (
-        "import sys; sys.path[:] = [path for path in sys.path if not path.endswith('/src')]\n"
-        f"sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
-        "from optimum.commands.optimum_cli import load_optimum_namespace_cli_commands as load\n"
-        "names = [(command[0] if isinstance(command, tuple) else command) for command in load()]\n"
-        "import optimum.commands.register.register_minicpm4 as found; print(found.__file__, len(names))"
+    # Everything that is installed here but us, by links; optimum as a copy, since our command lies in its folder.
+    venv.create(tmp_path / "clean", with_pip=False)
+    python = tmp_path / "clean" / "bin" / "python"
+    (site,) = (tmp_path / "clean" / "lib").glob("python*/site-packages")
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if entry.name == "optimum":
+            shutil.copytree(entry, site / entry.name)
+        elif entry.suffix != ".pth" and "transformers_minicpm4" not in entry.name:
+            (site / entry.name).symlink_to(entry)
+    show = "import sys; from optimum.commands.optimum_cli import main; main()"
+    without = subprocess.run([python, "-c", show, "--help"], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert "minicpm4" not in without.stdout
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", wheel],
+        check=True,
+        capture_output=True,
+        timeout=120,
     )
-    shown = subprocess.run(
-        [sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=60, cwd=tmp_path
-    ).stdout
-    assert str(tmp_path / "site") in shown
-    assert shown.split()[-1] == "1"
+    command = [python, "-c", show, "minicpm4", "ternarize", source, "-o", tmp_path / "ternary", "--group-size", "32"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "packed ternary" in done.stdout
+    assert (site / "transformers_minicpm4").is_dir()
+    version = subprocess.run(
+        [tmp_path / "clean" / "bin" / "minicpm4", "--version"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+    )
+    assert version.returncode == 0, version.stderr[-2000:]

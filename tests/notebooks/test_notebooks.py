@@ -77,6 +77,26 @@ def test_ultraclean():
     assert "image/png" in types
 
 
+@pytest.mark.real
+def test_quantization(real_checkpoint):
+    notebook = jupytext.read(NOTEBOOKS / "04_quantization.py")
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    text, types = shown(notebook)
+    errors = {
+        line.split("first position")[0].strip(): [float(part) for part in re.findall(r"([\d.]+)%", line)]
+        for line in text.splitlines()
+        if "first position" in line
+    }
+    (_, rounding), (plain_first, plain), (first, prefix_aware) = (errors[k] for k in ("rounding", "GPTQ", "P-GPTQ"))
+    assert prefix_aware < rounding
+    assert prefix_aware < plain
+    assert first > plain_first, "somebody has to pay: the stored prefix replaces this position"
+    assert float(re.search(r"([\d.]+) of the bytes in bfloat16", text)[1]) < 0.15
+    difference, outputs = map(float, re.search(r"product: ([\d.e+-]+), outputs up to ([\d.]+)", text).groups())
+    assert difference < 1e-5 * outputs
+    assert types.count("image/png") == 1
+
+
 def test_chunkwise_rl():
     notebook = jupytext.read(NOTEBOOKS / "05_chunkwise_rl.py")
     nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()

@@ -21,6 +21,7 @@ from transformers_minicpm4.quantization.export.gptq import (
     save_gptq,
 )
 from transformers_minicpm4.quantization.export.ternary_gptq import ternary_weight
+from transformers_minicpm4.quantization.p_gptq.quantizer import PGPTQQuantizer
 from transformers_minicpm4.quantization.quantized_weight import QuantizedWeight
 
 
@@ -81,6 +82,17 @@ def test_a_process_without_us_reads_the_same_weights(llama, quantized, tmp_path)
     folders.append(str(tmp_path / "ternary"))
     save_gptq(folders[-1], model, ternary)
     expected.append(ternary)
+
+    # And what the quantizer itself writes, with all that lies beside the weights.
+    llama().bfloat16().save_pretrained(tmp_path / "source")
+    rows = [torch.randint(0, model.config.vocab_size, (24,)) for _ in range(8)]
+    folders.append(str(tmp_path / "p_gptq"))
+    PGPTQQuantizer.from_pretrained(
+        tmp_path / "source", compute_dtype=torch.float32, dataset=rows, group_size=32, num_samples=8, desc_act=True,
+        smoothing=True, prefix_ids=[1],
+    ).quantize(folders[-1])  # fmt: skip
+    assert (tmp_path / "p_gptq" / "prefix_cache").is_dir()
+    expected.append(read_gptq(folders[-1]))
 
     settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
     done = subprocess.run(

@@ -13,6 +13,8 @@ from transformers_minicpm4.quantization.export.marlin import (
     marlin_scales,
     unpack_marlin_codes,
 )
+from transformers_minicpm4.quantization.p_gptq.configuration import PGPTQConfig
+from transformers_minicpm4.quantization.p_gptq.quantizer import PGPTQQuantizer
 
 
 def nibbles():
@@ -96,6 +98,17 @@ def test_a_checkpoint_becomes_fused_layers(folder, tmp_path):
     assert all(torch.equal(tensors[name], plain[name]) for name in plain)
     files = {path.name for path in (tmp_path / "marlin").iterdir()}
     assert files == {"model_gptq.safetensors", "config.json", "generation_config.json", "quantize_config.json"}
+
+
+def test_the_minicpm4_preset_makes_what_the_engine_takes(llama, tmp_path):
+    model = llama(hidden_size=256, intermediate_size=384, num_hidden_layers=1)
+    rows = [torch.randint(0, 128, (24,), generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
+    quantizer = PGPTQQuantizer(PGPTQConfig.minicpm4(dataset=rows, num_samples=8, max_length=24))
+    quantizer.quantize_model(model)
+    quantizer.save(model, tmp_path / "gptq")
+    gptq_to_marlin(tmp_path / "gptq", tmp_path / "marlin")
+    words = load_file(tmp_path / "marlin" / "model_gptq.safetensors")["model.layers.0.mlp.down_proj.qweight"]
+    assert torch.equal(unpack_marlin_codes(words), quantizer.weights["model.layers.0.mlp.down_proj"].codes.T)
 
 
 @pytest.mark.parametrize(

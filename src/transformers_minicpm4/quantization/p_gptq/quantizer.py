@@ -256,12 +256,10 @@ class PGPTQQuantizer(OptimumQuantizer):
             raise CalibrationError(
                 "there is no calibration data; give dataset= (texts, token rows, a datasets.Dataset)"
             )
-        kept = len(config.prefix_ids or [])
-        if config.skip_first > kept and config.prefix_weight < 1:
+        if config.skip_first and config.prefix_weight < 1 and not config.prefix_ids:
             logger.warning_once(
-                f"the first {config.skip_first} positions count {config.prefix_weight:g} and {kept or 'none'} of them "
-                f"{'is' if kept < 2 else 'are'} stored: the quantized model computes the others itself, and may do so "
-                "badly. Give more prefix_ids, a smaller skip_first, or prefix_weight=1."
+                f"the first {config.skip_first} positions count {config.prefix_weight:g} and no prefix is stored: the "
+                "quantized model computes them itself, and may do so badly. Give prefix_ids, or prefix_weight=1."
             )
         rows = calibration_rows(
             config.dataset,
