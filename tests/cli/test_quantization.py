@@ -22,6 +22,7 @@ from optimum.commands.register.register_minicpm4 import (
     ternarize_arguments,
 )
 from small_models import SIZES, logits, make
+from transformers_minicpm4 import BitCPM4Config
 from transformers_minicpm4.quantization.export.gptq import load_gptq
 
 
@@ -108,6 +109,21 @@ def test_ternarize_then_export(source, tmp_path):
     assert torch.allclose(logits(read), logits(packed), atol=1e-4 * float(logits(packed).abs().max()))
     refused = cli("ternarize", tmp_path / "ternary", "-o", tmp_path / "twice", code=2)
     assert "packed ternary already" in refused.stderr
+    wrong = cli("export", tmp_path / "ternary", "--to", "gptq", "--type", "F16", "-o", tmp_path / "wrong", code=2)
+    assert "--type: for --to gguf alone" in wrong.stderr
+
+
+def test_ternarize_takes_trained_latents_as_they_were_trained(source, tmp_path):
+    """Group size and layers left alone come with them."""
+    config = BitCPM4Config(group_size=16, modules_to_not_convert=["down_proj"])
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
+    model.save_pretrained(tmp_path / "latents")
+    cli("ternarize", tmp_path / "latents", "-o", tmp_path / "ternary")
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "ternary")
+    assert torch.allclose(logits(packed), logits(model), atol=1e-4 * float(logits(model).abs().max()))
+    cli("ternarize", source, "-o", tmp_path / "same", "--group-size", 16, "--modules-to-not-convert", "down_proj")
+    same = AutoModelForCausalLM.from_pretrained(tmp_path / "same")
+    assert torch.equal(logits(same), logits(packed))
 
 
 @pytest.mark.parametrize("fake_quantized", [False, True])

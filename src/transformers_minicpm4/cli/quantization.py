@@ -76,8 +76,10 @@ def ternarize(args: argparse.Namespace) -> None:
 
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     if args.fake_quantized:
-        if args.group_size is not None:
-            raise UserError("--group-size is found from --fake-quantized weights; leave it out")
+        for name in ("group_size", "modules_to_not_convert"):
+            if getattr(args, name) is not None:
+                option = "--" + name.replace("_", "-")
+                raise UserError(f"{option} is found from --fake-quantized weights; leave it out")
         from transformers_minicpm4.quantization.export.checkpoint_files import own_tokenizer
 
         model = import_fake_quantized(args.model)
@@ -85,7 +87,8 @@ def ternarize(args: argparse.Namespace) -> None:
             cast_rest(model, dtype)
         folder = save_packed(model, args.output, own_tokenizer(args.model), args.max_shard_size)
     else:
-        options = {} if args.group_size is None else {"group_size": args.group_size}
+        names = ("group_size", "modules_to_not_convert")
+        options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
         quantizer = BitCPM4Quantizer.from_pretrained(args.model, **options)
         folder = quantizer.quantize(args.output, max_shard_size=args.max_shard_size, dtype=dtype)
     size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
@@ -99,6 +102,11 @@ def export(args: argparse.Namespace) -> None:
     from transformers_minicpm4.quantization.export.checkpoint_files import quantized_by
 
     method = quantized_by(AutoConfig.from_pretrained(args.model))
+    if args.to != "gguf":
+        asked = {"--type": args.type, "--float-type": args.float_type, "--tokenizer-pre": args.tokenizer_pre}
+        given = [option for option, value in asked.items() if value not in (None, "auto")]
+        if given:
+            raise UserError(f"{', '.join(given)}: for --to gguf alone; leave out with --to {args.to}")
     gguf_options = {"float_type": args.float_type, "quantization": args.type, "tokenizer_pre": args.tokenizer_pre}
     if method == "gptq" and args.to == "gguf":
         from transformers_minicpm4.quantization.export.gguf import gptq_to_gguf

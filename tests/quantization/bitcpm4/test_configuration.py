@@ -14,6 +14,7 @@ from transformers_minicpm4.quantization.bitcpm4.configuration import BitCPM4Conf
         {},
         {"group_size": -1, "weight_format": "packed"},
         {"group_size": 32, "modules_to_not_convert": ["down_proj"], "scale_dtype": "float32"},
+        {"modules_to_not_convert": ["model.layers.*.mlp", "mlp.up_proj"], "rounding": False},
     ],
 )
 def test_a_config_survives_json_and_the_auto_class(fields):
@@ -35,6 +36,13 @@ def test_a_config_survives_json_and_the_auto_class(fields):
         ({"group_size": True}, TypeError, "must be int, got True"),
         ({"modules_to_not_convert": "lm_head"}, TypeError, "must be a list of layer names"),
         ({"modules_to_not_convert": [3]}, TypeError, "must be a list of layer names"),
+        (
+            {"modules_to_not_convert": ["up_proj", "*.mlp"]},
+            ValueError,
+            r"has '\*\.mlp', which is no regular expression",
+        ),
+        ({"rounding": 1}, TypeError, "rounding must be bool, got 1"),
+        ({"rounding": False, "weight_format": "packed"}, ValueError, "rounding=False is for latents"),
         ({"weight_format": "int4"}, ValueError, "'latent' .* or 'packed' .* got 'int4'"),
         ({"scale_dtype": "bfloat16"}, ValueError, "'float16' or 'float32', got 'bfloat16'"),
         ({"bits": 2}, ValueError, "unknown field.*bits.*allowed are group_size"),

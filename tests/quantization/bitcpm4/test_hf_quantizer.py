@@ -1,5 +1,6 @@
 """`from_pretrained` and `save_pretrained` with `quant_method: bitcpm4`, in this process and in fresh ones."""
 
+import copy
 import json
 import re
 import subprocess
@@ -8,7 +9,14 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from transformers.distributed import DistributedConfig
 
 from tolerances import relative_rms
 from transformers_minicpm4 import MiniCPM4ForCausalLM
@@ -16,10 +24,13 @@ from transformers_minicpm4.quantization.bitcpm4.configuration import BitCPM4Conf
 from transformers_minicpm4.quantization.bitcpm4.packed_linear import TernaryLinear
 from transformers_minicpm4.quantization.bitcpm4.qat import TernaryQATLinear, prepare_qat
 from transformers_minicpm4.quantization.bitcpm4.quantizer import freeze
+from transformers_minicpm4.quantization.bitcpm4.ternary import fake_quantize
 
 
 # Relative RMS of float32 logits. 0 measured: many rows at once meet the dense values; four roundings allowed.
 LOGITS = 4.8e-7
+# The same in bfloat16, for scales that are rounded to it: 1.3e-2 measured.
+BFLOAT16 = 3e-2
 
 
 def logits(model, ids):
@@ -163,6 +174,55 @@ def test_dequantize_gives_a_plain_model_of_the_same_values(dense, ids, tmp_path,
     assert torch.equal(logits(plain, ids), logits(model, ids))
 
 
+@pytest.mark.parametrize("weight_format", ["latent", "packed"])
+def test_dequantizing_gives_one_dtype(dense, ids, weight_format):
+    """The model's own after a cast, which is not its config's; or the one asked for."""
+    config = BitCPM4Config(group_size=16, weight_format=weight_format)
+    model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config)
+    for dtype in (torch.bfloat16, "bfloat16"):
+        found = copy.deepcopy(model).dequantize(dtype)
+        assert {parameter.dtype for parameter in found.parameters()} == {torch.bfloat16}
+        wanted = copy.deepcopy(model).dequantize().to(torch.bfloat16)
+        assert torch.equal(logits(found, ids), logits(wanted, ids))
+    model = model.to(torch.bfloat16)
+    before = logits(model, ids)
+    model = model.dequantize()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    error = relative_rms(logits(model, ids), before)
+    # Packed layers do not round their scales to bfloat16.
+    assert error == 0 if weight_format == "latent" else error < BFLOAT16
+
+
+def test_qwen2_keeps_its_biases(ids, tmp_path):
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.2,
+    )  # fmt: skip
+    source = Qwen2ForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in source.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    source.save_pretrained(tmp_path / "dense")
+    packed = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", quantization_config=BitCPM4Config(32, weight_format="packed")
+    )
+    packed.save_pretrained(tmp_path / "packed")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    for name, parameter in source.named_parameters():
+        if name.endswith("bias"):
+            assert torch.equal(again.get_parameter(name), parameter), name
+    assert torch.equal(logits(again, ids), logits(packed, ids))
+    # Against the definition: the plain model with weights that are rounded here.
+    with torch.no_grad():
+        for module in source.model.layers.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.copy_(fake_quantize(module.weight, 32))
+    assert relative_rms(logits(again, ids), logits(source, ids)) < LOGITS
+    assert relative_rms(logits(again.dequantize(), ids), logits(source, ids)) < LOGITS
+
+
 def test_minicpm4_with_its_scalars_and_no_head(tiny_model, ids, tmp_path):
     tiny_model().float().save_pretrained(tmp_path / "dense")
     config = BitCPM4Config(group_size=32)
@@ -285,6 +345,14 @@ def test_offloading_to_disk_is_refused(dense):
     config = BitCPM4Config(group_size=16)
     with pytest.raises(ValueError, match="cannot be offloaded to disk"):
         AutoModelForCausalLM.from_pretrained(dense, quantization_config=config, device_map={"": "disk"})
+
+
+@pytest.mark.parametrize("weight_format", ["latent", "packed"])
+def test_tensor_parallelism_is_refused(dense, weight_format):
+    config = BitCPM4Config(group_size=16, weight_format=weight_format)
+    parallel = DistributedConfig(tp_plan="auto")
+    with pytest.raises(ValueError, match=r"not split over devices \(tensor parallelism\)"):
+        AutoModelForCausalLM.from_pretrained(dense, quantization_config=config, distributed_config=parallel)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -34,7 +34,7 @@ from transformers_minicpm4.quantization.bitcpm4.qat import (
     rewarmed_wsd_schedule,
     set_qat,
 )
-from transformers_minicpm4.quantization.bitcpm4.quantizer import freeze
+from transformers_minicpm4.quantization.bitcpm4.quantizer import BitCPM4Quantizer, freeze
 from transformers_minicpm4.quantization.bitcpm4.ternary import fake_quantize
 
 
@@ -199,6 +199,92 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(tiny_llama, rows, tmp
         wanted = whole.state_dict()
         for name, tensor in resumed.state_dict().items():
             assert torch.equal(tensor, wanted[name]), name
+
+
+def train_by_the_recipe(model, rows, folder, resume=False, **changes):
+    """Both stages, bfloat16, every callback: the weights and what the monitor saw."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    schedule = rewarmed_wsd_schedule(optimizer, 10, qat_share=0.6, num_warmup_steps=2, num_rewarmup_steps=2)
+    torch.manual_seed(5)
+    teacher = AutoModelForCausalLM.from_config(model.config)  # frozen: any weights do
+    monitor = TernaryMonitorCallback()
+    fields = {
+        "output_dir": str(folder),
+        "max_steps": 10,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "gradient_checkpointing": True,
+        "bf16": True,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        **changes,
+    }
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(**fields),
+        train_dataset=rows,
+        data_collator=default_data_collator,
+        callbacks=[monitor, QATStartCallback(qat_share=0.6), DistillationCallback(teacher, start_share=0.5)],
+        optimizers=(optimizer, schedule),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    logged = [(entry["loss"], entry["learning_rate"]) for entry in trainer.state.log_history if "loss" in entry]
+    return trainer.model.state_dict(), logged, monitor.history
+
+
+@pytest.mark.parametrize("step", [2, 6, 8])
+def test_the_whole_recipe_resumes_bit_for_bit(tiny_llama, rows, tmp_path, step):
+    """Before QAT (from step 4), in pure QAT, and with the teacher (from step 7)."""
+    wanted, logged, history = train_by_the_recipe(prepare(tiny_llama), rows, tmp_path)
+    resume = str(tmp_path / f"checkpoint-{step}")
+    found, logged_again, rest = train_by_the_recipe(prepare(tiny_llama), rows, tmp_path, resume)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert logged_again == logged
+    assert rest == history[step:]  # scale_drift too, which counts from the very first scales
+
+
+def test_the_drift_counts_from_the_checkpoint_where_the_first_scales_are_lost(tiny_llama, rows, tmp_path, caplog):
+    common = {"steps": 4, "save_strategy": "steps", "save_steps": 2}
+    train(prepare(tiny_llama), rows, tmp_path, callbacks=[TernaryMonitorCallback()], **common)
+    (tmp_path / "checkpoint-2" / TernaryMonitorCallback.SCALES_FILE).unlink()
+    monitor = TernaryMonitorCallback()
+    logging.getLogger("transformers_minicpm4").propagate = True
+    resume = str(tmp_path / "checkpoint-2")
+    train(prepare(tiny_llama), rows, tmp_path, callbacks=[monitor], resume=resume, **common)
+    assert "scale_drift counts from the checkpoint" in caplog.text
+    assert [entry["step"] for entry in monitor.history] == [3, 4]
+
+
+def test_latents_from_before_qat_stay_so_on_disk(tiny_llama, rows, ids, tmp_path, caplog):
+    """Loaded they compute what they computed, and are not packed; from the switch on they are as any other."""
+    config = BitCPM4Config(group_size=16)
+    model = prepare_qat(tiny_llama(), config)
+    callbacks = [QATStartCallback(start_step=3)]
+    train(model, rows, tmp_path, steps=4, callbacks=callbacks, save_strategy="steps", save_steps=2)
+    logging.getLogger("transformers_minicpm4").propagate = True
+    before = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2").eval()
+    assert "saved before QAT began" in caplog.text
+    plain = tiny_llama()
+    plain.load_state_dict(before.state_dict())
+    with torch.no_grad():
+        assert torch.equal(before(ids).logits, plain(ids).logits)
+    with pytest.raises(ValueError, match="rounding is off in 14 of 14"):
+        BitCPM4Quantizer.from_pretrained(tmp_path / "checkpoint-2").quantize(tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+    caplog.clear()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4").eval()
+    assert not caplog.text
+    with torch.no_grad():
+        assert torch.equal(after(ids).logits, model.eval()(ids).logits)
+    set_qat(before, True)
+    assert freeze(before).config.quantization_config.rounding
+    assert config.rounding  # the caller's is no one's state
 
 
 def test_qat_starts_at_its_step(tiny_llama, rows, tmp_path):
@@ -416,6 +502,34 @@ def test_distillation_joins_after_pure_qat(tiny_llama, rows, tmp_path):
     assert same == [True, True, True, False, False, False]
 
 
+def test_distillation_waits_for_pure_qat_after_full_precision(tiny_llama, rows, tmp_path):
+    """The defaults with the paper's share of QAT: 6 steps in full precision, 2 of pure QAT, 2 with the teacher."""
+    for place in (0, 1):
+        seen = []
+        distillation = DistillationCallback(tiny_llama())
+
+        class Watch(TrainerCallback):
+            def on_step_end(self, args, state, control, model=None, seen=seen, callback=distillation, **kwargs):
+                seen.append((next(qat_layers(model))[1].quantize, callback.active))
+
+        callbacks = [QATStartCallback(qat_share=0.4), Watch()]
+        callbacks.insert(place, distillation)
+        train(prepare(tiny_llama), rows, tmp_path, steps=10, callbacks=callbacks)
+        assert seen == [(False, False)] * 6 + [(True, False)] * 2 + [(True, True)] * 2
+
+
+def test_distillation_that_cannot_be_as_asked_is_refused_before_the_first_step(tiny_llama, rows, tmp_path):
+    never = [QATStartCallback(start_step=9), DistillationCallback(tiny_llama())]
+    with pytest.raises(ValueError, match="would never join: QAT begins at step 9 of 10, and start_share=0.5"):
+        train(prepare(tiny_llama), rows, tmp_path, steps=10, callbacks=never)
+    off = prepare(tiny_llama)
+    before = copy.deepcopy(off.state_dict())
+    set_qat(off, False)
+    with pytest.raises(ValueError, match="the rounding is off, .*QATStartCallback"):
+        train(off, rows, tmp_path, steps=10, callbacks=[DistillationCallback(tiny_llama())])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in off.state_dict().items())
+
+
 def test_distillation_alone_follows_the_teacher(tiny_llama, rows, tmp_path):
     torch.manual_seed(3)
     teacher = tiny_llama()
@@ -477,7 +591,7 @@ def test_distillation_without_loss_or_logits_fails_on_the_first_step(tiny_llama,
         def on_step_end(self, args, state, control, **kwargs):
             steps.append(state.global_step)
 
-    callbacks = [DistillationCallback(tiny_llama(), start_share=0.9), Count()]
+    callbacks = [DistillationCallback(tiny_llama(), start_share=0.7), Count()]
     with pytest.raises(ValueError, match="output has no loss. .*label_smoothing_factor.*liger.*SFTTrainer"):
         train(prepare(tiny_llama), rows, tmp_path, callbacks=callbacks, label_smoothing_factor=0.1)
     assert not steps
@@ -566,7 +680,7 @@ def test_distillation_in_the_sft_trainer_is_the_mixed_loss(tiny_llama, tokenizer
 def test_losses_of_the_sft_trainer_that_distillation_cannot_join(tiny_llama, tokenizer, tmp_path, changes, words):
     """Refused at the first step, not where the teacher joins."""
     trl = pytest.importorskip("trl")
-    callbacks = [DistillationCallback(tiny_llama(), start_share=0.9)]
+    callbacks = [DistillationCallback(tiny_llama(), start_share=0.7)]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*label_smoothing_factor")
         trainer = sft(
@@ -605,6 +719,13 @@ def test_the_monitor_counts_what_changed(tiny_llama, rows, tmp_path):
     assert [entry["ternary/flip_rate"] for entry in logged] == count.found
     zeros = sum(int((code == 0).sum()) for code in codes.values()) / sum(code.numel() for code in codes.values())
     assert monitor.history[-1]["ternary/zero_fraction"] == zeros
+    first = prepare(tiny_llama)
+    drifts = [
+        (layer.weight.detach().unflatten(1, (-1, 16)).abs().mean(2).half().double() / start - 1).abs().flatten()
+        for (name, layer), (_, begun) in zip(qat_layers(model), qat_layers(first))
+        for start in [begun.weight.detach().unflatten(1, (-1, 16)).abs().mean(2).half().double()]
+    ]
+    assert monitor.history[-1]["ternary/scale_drift"] == pytest.approx(torch.cat(drifts).mean().item(), rel=1e-5)
     assert 0 < monitor.history[0]["ternary/scale_drift"] < monitor.history[-1]["ternary/scale_drift"] < 0.2
 
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from optimum.quantization_base import OptimumQuantizer
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from tolerances import relative_rms
 from transformers_minicpm4.quantization.bitcpm4 import quantizer as module
@@ -135,6 +135,35 @@ def test_the_rest_can_be_stored_smaller_and_the_source_keeps_its_own(latents, tm
     assert all(torch.equal(after[name], before[name]) and after[name].dtype == torch.float32 for name in before)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_rest_that_overflows_is_refused_by_name(tiny_llama, tmp_path, tied):
+    latents = prepare_qat(tiny_llama(tie_word_embeddings=tied), BitCPM4Config(group_size=16))
+    with torch.no_grad():
+        latents.model.norm.weight[0] = -1e6
+    with pytest.raises(ValueError, match=r"model\.norm\.weight has values up to 1e\+06, beyond .*float16.*bfloat16"):
+        BitCPM4Quantizer.from_pretrained(latents).quantize(tmp_path / "packed", dtype=torch.float16)
+    assert not (tmp_path / "packed").exists()
+    folder = BitCPM4Quantizer.from_pretrained(latents).quantize(tmp_path / "packed", dtype=torch.bfloat16)
+    found = AutoModelForCausalLM.from_pretrained(folder).model.norm.weight[0]
+    assert found == latents.model.norm.weight[0].bfloat16()
+
+
+def test_a_classifier_s_head_is_not_lost(tiny_llama, ids, tmp_path):
+    """A path is loaded as a causal LM; in memory any model is packed."""
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    config = BitCPM4Config(group_size=16)
+    kind = AutoModelForSequenceClassification
+    model = kind.from_pretrained(tmp_path / "dense", num_labels=3, quantization_config=config)
+    model.save_pretrained(tmp_path / "classifier")
+    with pytest.raises(ValueError, match="holds a LlamaForSequenceClassification, .*save_packed"):
+        BitCPM4Quantizer.from_pretrained(tmp_path / "classifier")
+    with pytest.raises(ValueError, match="holds a LlamaForSequenceClassification"):
+        import_fake_quantized(tmp_path / "classifier")
+    wanted = logits(model, ids)
+    folder = save_packed(freeze(model), tmp_path / "packed")
+    assert relative_rms(logits(kind.from_pretrained(folder), ids), wanted) < LOGITS
+
+
 def test_the_card_says_what_is_ternary_and_how_large(latents, tmp_path):
     folder = BitCPM4Quantizer.from_pretrained(latents).quantize(tmp_path / "mine", base_model="someone/base")
     card = (folder / "README.md").read_text()
@@ -242,6 +271,14 @@ def test_layers_that_are_not_ternary_stay_dense(tiny_llama, ids, tmp_path):
     assert kinds["up_proj"] is TernaryLinear
     again = AutoModelForCausalLM.from_pretrained(save_packed(packed, tmp_path / "packed"))
     assert relative_rms(logits(again, ids), logits(model, ids)) < LOGITS
+
+
+def test_a_gptq_folder_is_no_fake_quantized_checkpoint(tiny_llama, tmp_path):
+    model = freeze(prepare_qat(tiny_llama(), BitCPM4Config(group_size=32)))
+    weights = PackedWeights(model)
+    save_gptq(tmp_path / "gptq", model, weights, state_dict=weights.rest)
+    with pytest.raises(ValueError, match="quantized with gptq already"):
+        import_fake_quantized(tmp_path / "gptq")
 
 
 def test_dense_weights_are_no_fake_quantized_weights(tiny_llama):

@@ -367,3 +367,18 @@ def test_a_compiler_named_in_no_shell_s_words_is_no_crash(fresh, monkeypatch):
 def test_reading_codes_back_gives_the_weight():
     packed, scales, weight = make_layer(5, 40, 40)
     assert torch.equal(unpack_ternary(packed, 40) * scales.double(), weight)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("group_size", [16, 64])
+@pytest.mark.parametrize("rows", [2, 40])
+def test_a_traced_layer_answers_for_other_inputs(path, rows, group_size):
+    """What the kernels write into memory the trace would take for a constant."""
+    packed, scales, weight = make_layer(32, 64, group_size)
+
+    def layer(x):
+        return ternary_linear(x, packed, scales, group_size)
+
+    traced = torch.jit.trace(layer, torch.randn(rows, 64))
+    x = torch.randn(rows, 64)
+    assert relative_rms(traced(x), linear(x.double(), weight)) <= TOLERANCE[torch.float32]

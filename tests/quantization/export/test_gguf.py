@@ -246,6 +246,61 @@ def test_a_gptq_folder_becomes_gguf(llama, quantized, tmp_path):
     assert (tmp_path / "x.gguf").stat().st_size < 0.5 * (tmp_path / "y.gguf").stat().st_size
 
 
+def packed_ternary(llama, group_size, dtype):
+    """A packed ternary model with scales that are numbers of `dtype`, and its dense float32 weights by layer."""
+    from transformers_minicpm4.quantization.bitcpm4.quantizer import import_fake_quantized
+
+    model = llama(hidden_size=256, intermediate_size=512)
+    dense = {}
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if name.endswith("_proj"):
+                outputs, inputs = module.weight.shape
+                group = inputs if group_size == -1 else group_size
+                scales = (torch.rand(outputs, inputs // group) + 0.1).to(dtype).float()
+                codes = torch.randint(-1, 2, (outputs, inputs))
+                dense[name] = codes * scales.repeat_interleave(group, 1)
+                module.weight.copy_(dense[name])
+    return import_fake_quantized(model), dense
+
+
+@pytest.mark.parametrize("group_size, kind", [(64, "Q4_0"), (-1, "TQ2_0")])
+def test_a_packed_ternary_checkpoint_is_exact_in_gguf(llama, tmp_path, group_size, kind):
+    """From the folder through `export_ternary`, against the values it was made from."""
+    from transformers_minicpm4.quantization.bitcpm4.export import export_ternary
+    from transformers_minicpm4.quantization.bitcpm4.quantizer import save_packed
+
+    model, dense = packed_ternary(llama, group_size, torch.float16)
+    save_packed(model, tmp_path / "packed")
+    export_ternary(tmp_path / "packed", tmp_path / "x.gguf", to="gguf")
+    _, tensors, types = read(tmp_path / "x.gguf")
+    parts = {
+        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }  # fmt: skip
+    for name, weight in dense.items():
+        _, _, layer, part = name.split(".", 3)
+        own = f"blk.{layer}.{parts[part]}.weight"
+        heads = {"attn_q": 4, "attn_k": 2}.get(parts[part])
+        assert types[own] == kind
+        assert torch.equal(tensors[own], weight if heads is None else pairs(weight, heads)), name
+    assert torch.equal(tensors["token_embd.weight"], model.model.embed_tokens.weight)
+
+
+def test_scales_that_float16_rounds_are_written_as_float32_alone(llama, tmp_path):
+    from transformers_minicpm4.quantization.bitcpm4.export import export_ternary
+
+    model, dense = packed_ternary(llama, -1, torch.float32)
+    with pytest.raises(LossyExport, match=r"0\.self_attn\.q_proj: its scales are not float16 numbers, and F16 would"):
+        export_ternary(model, tmp_path / "x.gguf", to="gguf", quantization="F16")
+    assert not list(tmp_path.iterdir())
+    export_ternary(model, tmp_path / "x.gguf", to="gguf", quantization="F32")
+    _, tensors, types = read(tmp_path / "x.gguf")
+    assert types["blk.0.ffn_up.weight"] == "F32"
+    assert torch.equal(tensors["blk.0.ffn_up.weight"], dense["model.layers.0.mlp.up_proj"])
+
+
 def test_refusals_name_the_layer_and_leave_nothing(llama, quantized, tmp_path):
     model = llama()
     with pytest.raises(LossyExport, match=r"model\.layers\.0\.self_attn\.q_proj: TQ2_0 cannot"):

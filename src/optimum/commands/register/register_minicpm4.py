@@ -106,6 +106,13 @@ def ternarize_arguments(parser: argparse.ArgumentParser) -> None:
         "64", type=int,
     )  # fmt: skip
     parser.add_argument(
+        "--modules-to-not-convert",
+        nargs="+",
+        metavar="NAME",
+        help="for dense weights alone: linear layers that stay as they are, such as down_proj (default: none but the "
+        "head)",
+    )
+    parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
         help="of what is not ternary: embeddings, head, norms, biases. bfloat16 halves these in a checkpoint trained "

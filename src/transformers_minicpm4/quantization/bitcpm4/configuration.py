@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -32,6 +33,9 @@ class BitCPM4Config(QuantizationConfigMixin):
         scale_dtype (`str`, *optional*, defaults to `"float16"`):
             `"float16"`: scales are rounded to it in training already, so that packing changes nothing. `"float32"`:
             only imported weights whose scales float16 cannot hold need it.
+        rounding (`bool`, *optional*, defaults to `True`):
+            `False`: latents compute in full precision, as before QAT begins. `set_qat` and `QATStartCallback` keep it
+            as the layers are, so that a checkpoint from before QAT says so; such latents are not packed.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -44,13 +48,14 @@ class BitCPM4Config(QuantizationConfigMixin):
         modules_to_not_convert: list[str] | None = None,
         weight_format: str = "latent",
         scale_dtype: str = "float16",
+        rounding: bool = True,
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
     ):
         if unknown:
             raise ValueError(
                 f"BitCPM4Config: unknown field(s) {', '.join(sorted(unknown))}; allowed are group_size, "
-                "modules_to_not_convert, weight_format and scale_dtype."
+                "modules_to_not_convert, weight_format, scale_dtype and rounding."
             )
         if quant_method != QUANT_METHOD:
             raise ValueError(f"BitCPM4Config: quant_method must be {QUANT_METHOD!r}, got {quant_method!r}.")
@@ -69,14 +74,28 @@ class BitCPM4Config(QuantizationConfigMixin):
             raise TypeError(
                 f"BitCPM4Config: modules_to_not_convert must be a list of layer names or None, got {names!r}."
             )
+        for name in names or ():
+            try:
+                re.compile(name)
+            except re.error as error:
+                raise ValueError(
+                    f"BitCPM4Config: modules_to_not_convert has {name!r}, which is no regular expression ({error}), "
+                    "and names are read as such. Give how names end, such as 'mlp.up_proj', or begin, such as "
+                    "'model.layers.*.mlp'."
+                ) from error
         if weight_format not in WEIGHT_FORMATS:
             raise ValueError(
                 f"BitCPM4Config: weight_format must be 'latent' (train) or 'packed' (2 bits), got {weight_format!r}."
             )
         if scale_dtype not in SCALE_DTYPES:
             raise ValueError(f"BitCPM4Config: scale_dtype must be 'float16' or 'float32', got {scale_dtype!r}.")
+        if not isinstance(rounding, bool):
+            raise TypeError(f"BitCPM4Config: rounding must be bool, got {rounding!r} ({type(rounding).__name__}).")
+        if not rounding and weight_format == "packed":
+            raise ValueError("BitCPM4Config: rounding=False is for latents; packed weights are rounded.")
         self.quant_method = QUANT_METHOD
         self.group_size = group_size
         self.modules_to_not_convert = None if names is None else list(names)
         self.weight_format = weight_format
         self.scale_dtype = scale_dtype
+        self.rounding = rounding

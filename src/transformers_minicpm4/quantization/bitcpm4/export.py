@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..export.checkpoint_files import own_tokenizer
 from ..export.gptq import save_gptq
+from .adapters import refuse_adapters
 from .quantizer import PackedWeights
 
 
@@ -29,8 +30,9 @@ def export_ternary(
         options: of `save_gptq` or `save_gguf`.
 
     Raises:
-        ValueError: not packed, or a form that would change a weight.
+        ValueError: not packed, adapters that are not merged, or a form that would change a weight.
     """
+    refuse_adapters(model_or_path)
     if isinstance(model_or_path, PreTrainedModel):
         model = model_or_path
     else:

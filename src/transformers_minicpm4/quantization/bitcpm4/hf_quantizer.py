@@ -10,8 +10,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
 
 from .configuration import BitCPM4Config
+
+
+logger = logging.get_logger(__name__)
 
 
 class BitCPM4HfQuantizer(HfQuantizer):
@@ -45,12 +49,24 @@ class BitCPM4HfQuantizer(HfQuantizer):
         from .peft_support import register_with_peft
         from .qat import convertible_linears, qat_layers, replace_by_latents
 
+        parallel = getattr(model.config, "distributed_config", None)  # validate_environment is not told
+        if parallel is not None and (parallel.tp_plan is not None or parallel.tp_size > 1):
+            raise ValueError(
+                "BitCPM4 layers are not split over devices (tensor parallelism), and tp_plan or tp_size, alone or in "
+                "distributed_config, asks for that. Load without; device_map='auto' puts whole layers on several "
+                "devices."
+            )
         register_with_peft()
         self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         if not self.packs:
             replace_by_latents(model, self.quantization_config)
             for _, layer in qat_layers(model):
                 layer._is_hf_initialized = True  # as below
+            if not self.quantization_config.rounding:
+                logger.warning(
+                    "These latents were saved before QAT began, with the rounding off, and load so: they compute in "
+                    "full precision until QATStartCallback or set_qat(model, True) switches it on."
+                )
             return
         from .packed_linear import TernaryLinear
 
@@ -129,12 +145,28 @@ class BitCPM4HfQuantizer(HfQuantizer):
     def is_qat_trainable(self) -> bool:
         return not self.packs
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-        """Plain linear layers that hold the ternary values in the model's dtype."""
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        """
+        Plain linear layers in place of the ternary ones, with their values.
+
+        Args:
+            dtype: to cast the whole model to; by default layers get the model's own, which after a cast
+                (`.to(torch.bfloat16)`) is not its config's.
+
+        Raises:
+            ValueError: the model has adapters; nothing is changed then.
+        """
+        if dtype is None:
+            return super().dequantize(model, model.dtype)
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        return super().dequantize(model, dtype).to(dtype)
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+        from .adapters import refuse_adapters
         from .packed_linear import TernaryLinear
         from .qat import TernaryQATLinear
 
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
+        refuse_adapters(model)
         with torch.no_grad():
             for name, module in list(model.named_modules()):
                 if isinstance(module, TernaryLinear):

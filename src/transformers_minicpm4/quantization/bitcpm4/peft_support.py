@@ -5,7 +5,8 @@ Beside packed weights an adapter stays a matrix of its own, as in QLoRA: `y = te
 it into 2 bits would lose most of it, so `merge` refuses; `merge_and_requantize` does it and says what was lost.
 
 Around latents the adapter is part of what is rounded: `y = x ternarize(W + scaling * B A)^T`. Merging it into the
-latents is exact therefore, and the merged model is what was trained.
+latents is exact therefore, and the merged model is what was trained. Anywhere else such an adapter is another model:
+its `adapter_config.json` says what it needs (`LATENTS_FIELD`), and loading checks that.
 
 PEFT's other methods (IA3, LoHa, AdaLoRA, OFT, VeRA, ...) read a weight matrix that packed layers do not have, or act
 beside latents what they later merge into them, before the rounding: another model. On layers that stayed dense, norms
@@ -16,6 +17,7 @@ Shape letters: `O` outputs, `I` inputs, `Q` groups.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 from typing import TYPE_CHECKING
@@ -25,8 +27,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from .packed_linear import TernaryLinear
-from .qat import TernaryQATLinear
+from .qat import TernaryQATLinear, qat_layers
 from .ternary import dequantize
+from .ternary_linear import without_autocast
 from .ternary_packing import pack_ternary
 
 
@@ -43,6 +46,11 @@ MERGE_REFUSED = (
 )
 
 
+# Field of adapter_config.json: the group size of the latents that an adapter was rounded with. PEFT by itself warns
+# that it does not know the field, which is as it should be.
+LATENTS_FIELD = "bitcpm4_latents_group_size"
+
+
 @functools.cache
 def register_with_peft() -> None:
     """
@@ -51,7 +59,9 @@ def register_with_peft() -> None:
     """
     if not importlib.util.find_spec("peft"):
         return
+    from peft.config import PeftConfigMixin
     from peft.tuners.lora import model as lora_model
+    from peft.tuners.mixed.model import MixedModel
     from peft.tuners.tuners_utils import BaseTuner
 
     packed, latent = _lora_classes()
@@ -71,7 +81,10 @@ def register_with_peft() -> None:
 
     @functools.wraps(inject)
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
-        _refuse_whole(self.peft_config[adapter_name], model)
+        config = self.peft_config[adapter_name]
+        _refuse_whole(config, model)
+        _refuse_elsewhere(config, model)
+        _mark(config, model)
         create = self._create_and_replace
 
         def create_and_replace(config, name, target, *rest, current_key=None, **named):
@@ -86,6 +99,87 @@ def register_with_peft() -> None:
             del self._create_and_replace
 
     BaseTuner.inject_adapter = inject_adapter
+
+    # PEFT asks this before it merges the first layer; layer by layer, dense ones would be merged when a packed one
+    # refuses.
+    allowed = BaseTuner._check_merge_allowed
+
+    @functools.wraps(allowed)
+    def check_merge_allowed(self):
+        _refuse_merge(self.model)
+        return allowed(self)
+
+    BaseTuner._check_merge_allowed = check_merge_allowed
+
+    unload = MixedModel._unload_and_optionally_merge
+
+    @functools.wraps(unload)
+    def unload_and_optionally_merge(self, merge=True, *args, **kwargs):
+        if merge:
+            _refuse_merge(self.model)
+        return unload(self, merge, *args, **kwargs)
+
+    MixedModel._unload_and_optionally_merge = unload_and_optionally_merge
+
+    read = PeftConfigMixin.from_peft_type.__func__
+
+    @functools.wraps(read)
+    def from_peft_type(cls, **fields):
+        group_size = fields.pop(LATENTS_FIELD, None)
+        config = read(cls, **fields)
+        config._trained_around = group_size
+        return config
+
+    PeftConfigMixin.from_peft_type = classmethod(from_peft_type)
+
+
+def _refuse_merge(model: nn.Module) -> None:
+    packed, _ = _lora_classes()
+    if any(isinstance(module, packed) for module in model.modules()):
+        raise ValueError(MERGE_REFUSED)
+
+
+def _latents_group_size(model: nn.Module) -> int | None:
+    return next((layer.group_size for _, layer in qat_layers(model)), None)
+
+
+@functools.cache
+def _marked_class() -> type:
+    from peft import LoraConfig
+
+    reduce = {"__reduce__": lambda config: (_unpickled, (vars(config),))}  # pickle finds no class that is made here
+    return dataclasses.make_dataclass(
+        "LoraConfig", [(LATENTS_FIELD, int | None, None)], bases=(LoraConfig,), namespace=reduce
+    )
+
+
+def _unpickled(fields: dict) -> object:
+    config = _marked_class().__new__(_marked_class())
+    config.__dict__.update(fields)
+    return config
+
+
+def _mark(config, model: nn.Module) -> None:
+    """Give a `LoraConfig` around latents a field more, which is saved with it; and take it back on other models."""
+    from peft import LoraConfig
+
+    if type(config) in (LoraConfig, _marked_class()):
+        group_size = _latents_group_size(model)
+        config.__class__ = LoraConfig if group_size is None else _marked_class()
+        setattr(config, LATENTS_FIELD, group_size)
+
+
+def _refuse_elsewhere(config, model: nn.Module) -> None:
+    """An adapter that was trained within the rounding of latents, on anything else."""
+    wanted, found = getattr(config, "_trained_around", None), _latents_group_size(model)
+    if wanted is not None and wanted != found:
+        here = "has no latents" if found is None else f"has latents of group size {found}"
+        raise ValueError(
+            f"this adapter was trained around latents of group size {wanted}, where it is rounded with the weights; "
+            f"the model here {here}, and with the adapter it would be another model than was trained. Load the base "
+            f"as it was: from_pretrained(..., quantization_config=BitCPM4Config(group_size={wanted})), and then "
+            "PeftModel.from_pretrained(model, folder)."
+        )
 
 
 def _unwrapped(layer: nn.Module) -> nn.Module:
@@ -108,8 +202,10 @@ def _refuse_whole(config, model: nn.Module) -> None:
             f"XLORA is not available on models with ternary layers such as {next(iter(layers))}: it computes LoRA "
             "beside every layer itself. Use one LoraConfig at a time."
         )
+    copied = tuple(getattr(config, "modules_to_save", None) or ())
+    tops = {name for name, _ in model.named_modules() if name.endswith(copied)} if copied else ()
     for name, kind in layers.items():
-        if kind is TernaryLinear and name.endswith(tuple(getattr(config, "modules_to_save", None) or ())):
+        if kind is TernaryLinear and any(name == top or name.startswith(f"{top}.") for top in tops):
             raise ValueError(
                 f"modules_to_save={list(config.modules_to_save)} would train a copy of {name}, whose packed ternary "
                 "weight has no gradient. Name layers that are not ternary there, and adapt this one with LoRA "
@@ -150,12 +246,20 @@ def _lora_classes() -> tuple[type, type]:
         def lora_variants(self):
             return {(): None}
 
-        def delta(self) -> torch.Tensor | None:
-            """`[O, I]`, the sum of the active adapters; `None` if there is none that is not merged."""
-            active = [name for name in self.active_adapters if name in self.lora_A]
-            if self.merged or self.disable_adapters or not active:
-                return None
-            return sum(self.get_delta_weight(name) for name in active)
+        def get_delta_weight(self, adapter):
+            # Under autocast it would be another number in training than in merging.
+            with without_autocast(self.lora_B[adapter].weight.device.type):
+                return super().get_delta_weight(adapter)
+
+        def adds(self) -> list[str]:
+            """The active adapters; none if they are merged or switched off."""
+            if self.merged or self.disable_adapters:
+                return []
+            return [name for name in self.active_adapters if name in self.lora_A]
+
+        def deltas(self) -> list[torch.Tensor]:
+            """`[O, I]` of each active adapter."""
+            return [self.get_delta_weight(name) for name in self.adds()]
 
     class TernaryLoraLinear(_Ternary):
         """LoRA beside a `TernaryLinear`."""
@@ -185,7 +289,7 @@ def _lora_classes() -> tuple[type, type]:
                 if self.merged:
                     self.unmerge()
                 return self.base_layer(x, *args, **kwargs)
-            return F.linear(x, self.base_layer.effective_weight(self.delta()), self.base_layer.bias)
+            return F.linear(x, self.base_layer.effective_weight(*self.deltas()), self.base_layer.bias)
 
     return TernaryLoraLinear, TernaryQATLoraLinear
 
@@ -222,7 +326,7 @@ def _refuse_dropout(config) -> None:
 def merge_and_requantize(model: PeftModel) -> tuple[PreTrainedModel, dict[str, float]]:
     """
     Merge LoRA adapters into packed layers by rounding the sum to ternary again, in place; into layers that stayed
-    dense they merge as ever.
+    dense, and into the embedding (`trainable_token_indices`), they merge as ever.
 
     Codes are the sum divided by the old scale, rounded; the new scale is then the least-squares one of the codes. (The
     absmean of weights that are mostly ternary would shrink them.) A group that the adapter does not touch keeps its
@@ -236,47 +340,44 @@ def merge_and_requantize(model: PeftModel) -> tuple[PreTrainedModel, dict[str, f
         |merged - (packed + adapter)| / |adapter|. 1 is as bad as leaving the adapter out; 0 for an adapter of zeros.
 
     Raises:
-        ValueError: no adapter on a packed layer, or an adapter with NaN, infinite or too large values; the model is as
-            it was.
+        ValueError: no adapter on a packed layer, or an adapter with NaN, infinite or too large values, or no
+            `PeftModel`; the model is as it was.
     """
-    from peft.tuners.lora import LoraLayer
-
     packed_class, _ = _lora_classes()
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, packed_class) and module.delta() is not None
-    }
-    if not layers:
+    wrapped = {name: module for name, module in model.named_modules() if isinstance(module, packed_class)}
+    if not any(module.adds() for module in wrapped.values()):
         raise ValueError(
             "there is no active LoRA adapter on a packed ternary layer here. Merge others with merge_and_unload()."
         )
-    for name, module in layers.items():
-        if not bool(torch.isfinite(module.delta()).all()):
+    if not hasattr(model, "merge_and_unload"):
+        raise ValueError(
+            f"merge_and_requantize takes the model of get_peft_model or PeftModel.from_pretrained; this is a "
+            f"{type(model).__name__} that adapters were put into. Save them (save_pretrained) and load them with "
+            "PeftModel.from_pretrained onto the packed model."
+        )
+    errors, refits = {}, {}
+    for name, module in wrapped.items():
+        if not module.adds():
+            continue
+        base, delta = module.base_layer, sum(module.deltas()).float()
+        if not bool(torch.isfinite(delta).all()):
             raise ValueError(f"the adapter of {name} has NaN or infinite values; nothing was merged.")
-    refits = {}
-    for name, module in layers.items():
-        base, delta = module.base_layer, module.delta().float()
-        codes, scales = _refit(base.dequantize() + delta, base)
+        wanted = base.dequantize() + delta
+        codes, scales = _refit(wanted, base)
         if not bool(torch.isfinite(scales).all()):
             raise ValueError(f"the adapter of {name} is too large: a scale would be infinite; nothing was merged.")
-        refits[name] = codes, scales
-    # `unload` at the end would drop the adapters of layers that stayed dense.
-    for module in model.modules():
-        if isinstance(module, LoraLayer) and not isinstance(module, packed_class):
-            module.merge()
-    errors = {}
-    for name, module in layers.items():
-        base, delta = module.base_layer, module.delta().float()
-        wanted = base.dequantize() + delta
-        codes, scales = refits.pop(name)
-        merged = dequantize(codes, scales, base.group_size)
         size = delta.norm()
-        errors[name.removeprefix("base_model.model.")] = float((merged - wanted).norm() / size) if size else 0.0
-        base.weight = nn.Parameter(pack_ternary(codes), requires_grad=False)
-        base.weight_scale = scales
-        _clear(module)
-    return model.unload(), errors
+        lost = (dequantize(codes, scales, base.group_size) - wanted).norm()
+        errors[name.removeprefix("base_model.model.")] = float(lost / size) if size else 0.0
+        refits[name] = pack_ternary(codes), scales
+    # What is left is PEFT's own to merge: layers that stayed dense, and tokens.
+    for name, module in wrapped.items():
+        model.set_submodule(name, module.base_layer)
+    merged = model.merge_and_unload()
+    for name, (codes, scales) in refits.items():
+        base = wrapped[name].base_layer
+        base.weight, base.weight_scale = nn.Parameter(codes, requires_grad=False), scales
+    return merged, errors
 
 
 def _refit(wanted: torch.Tensor, base: TernaryLinear) -> tuple[torch.Tensor, torch.Tensor]:
@@ -288,10 +389,3 @@ def _refit(wanted: torch.Tensor, base: TernaryLinear) -> tuple[torch.Tensor, tor
     fitted = (groups * steps).sum(2) / nonzero.clamp(min=1)
     scales = torch.where(nonzero > 0, fitted, old[..., 0]).to(base.weight_scale.dtype)
     return steps.flatten(1).to(torch.int8), scales
-
-
-def _clear(module) -> None:
-    # The adapter is in the weights now, and must not count a second time.
-    for name in list(module.active_adapters):
-        if name in module.lora_B:
-            module.lora_B[name].weight.zero_()

@@ -15,16 +15,21 @@ import math
 import warnings
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from ..export.checkpoint_files import new_file
+from .adapters import refuse_adapters
 from .configuration import QUANT_METHOD, BitCPM4Config
 from .ternary import detect_group_size, fake_quantize, inputs_per_group, ternary_codes_and_scales
 
@@ -73,17 +78,20 @@ class TernaryQATLinear(nn.Linear):
         """`[..., I]` to `[..., O]`."""
         return F.linear(x, self.effective_weight(), self.bias)
 
-    def effective_weight(self, delta: torch.Tensor | None = None) -> torch.Tensor:
-        """`[O, I]`: what the layer multiplies by, with `delta` `[O, I]` added to the latents if given."""
-        weight = self._latents(delta)
+    def effective_weight(self, *deltas: torch.Tensor) -> torch.Tensor:
+        """`[O, I]`: what the layer multiplies by, with `deltas` `[O, I]` added to the latents."""
+        weight = self._latents(deltas)
         return fake_quantize(weight, self.group_size, self.scale_dtype) if self.quantize else weight
 
-    def codes_and_scales(self, delta: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """int8 `[O, I]` and `scale_dtype` `[O, I / group_size]` that stand for the latents, `delta` `[O, I]` added."""
-        return ternary_codes_and_scales(self._latents(delta), self.group_size, self.scale_dtype)
+    def codes_and_scales(self, *deltas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """int8 `[O, I]` and `scale_dtype` `[O, I / group_size]` for the latents with `deltas` `[O, I]` added."""
+        return ternary_codes_and_scales(self._latents(deltas), self.group_size, self.scale_dtype)
 
-    def _latents(self, delta: torch.Tensor | None) -> torch.Tensor:
-        return self.weight if delta is None else self.weight + delta.to(self.weight.dtype)
+    def _latents(self, deltas: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        weight = self.weight
+        for delta in deltas:  # one after the other, as PEFT merges them: another order is another number
+            weight = (weight + delta).to(self.weight.dtype)
+        return weight
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, group_size={self.group_size}"
@@ -94,8 +102,10 @@ def convertible_linears(model: PreTrainedModel, config: BitCPM4Config) -> dict[s
     The linear layers that `config` makes ternary, by name.
 
     Raises:
-        ValueError: there is none, or `config.group_size` does not divide the inputs of one; names it.
+        ValueError: there is none, or `config.group_size` does not divide the inputs of one (named), or the model has
+            adapters, whose matrices are no layers of it.
     """
+    refuse_adapters(model)
     kept = HfQuantizer.get_modules_to_not_convert(model, config.modules_to_not_convert, add_default_skips=True)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name in config.modules_to_not_convert or ():
@@ -157,6 +167,8 @@ def replace_by_latents(model: PreTrainedModel, config: BitCPM4Config) -> None:
                 "train, and let `bf16=True` of the TrainingArguments do the rest."
             )
         model.set_submodule(name, TernaryQATLinear(linear, config.group_size, scale_dtype, name))
+    for _, layer in qat_layers(model):
+        layer.quantize = config.rounding
 
 
 def mark_quantized(model: PreTrainedModel, config: BitCPM4Config) -> None:
@@ -172,12 +184,12 @@ def mark_quantized(model: PreTrainedModel, config: BitCPM4Config) -> None:
     model.quantization_method = QUANT_METHOD
 
 
-def refuse_quantized(model: PreTrainedModel) -> None:
+def refuse_quantized(model: PreTrainedModel | PreTrainedConfig) -> None:
     """
     Raises:
-        ValueError: the model is quantized; says by which method.
+        ValueError: the model, or the one of this configuration, is quantized; says by which method.
     """
-    config = getattr(model.config, "quantization_config", None)
+    config = getattr(getattr(model, "config", model), "quantization_config", None)
     if config is None and not getattr(model, "is_quantized", False):
         return
     method, form = quantization_of(config)
@@ -228,9 +240,18 @@ def qat_layers(model: nn.Module) -> Iterator[tuple[str, TernaryQATLinear]]:
 
 
 def set_qat(model: nn.Module, quantize: bool) -> None:
-    """Switch the rounding of all `TernaryQATLinear` layers on or off."""
+    """Switch the rounding of all `TernaryQATLinear` layers on or off, in what the model's config says too."""
     for _, layer in qat_layers(model):
         layer.quantize = quantize
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if isinstance(config, BitCPM4Config) and config.rounding != quantize:
+        # A new one: other models may hold the old one.
+        model.config.quantization_config = BitCPM4Config(**{**config.to_dict(), "rounding": quantize})
+
+
+def is_rounding(model: nn.Module) -> bool:
+    """Whether every layer that can round does."""
+    return all(layer.quantize for _, layer in qat_layers(model))
 
 
 # --------------------------------------------------------------------------------------------------------- the recipe
@@ -381,6 +402,7 @@ class QATStartCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         _require_latents(model, type(self).__name__)
         start = self._start(state)
+        state.qat_start_step = start  # for DistillationCallback, whichever stands first
         if args.load_best_model_at_end and start > 0:
             warnings.warn(
                 f"load_best_model_at_end=True with QAT from step {start} on: the best evaluation may be one in full "
@@ -391,7 +413,7 @@ class QATStartCallback(TrainerCallback):
         self.on_step_begin(args, state, control, model=model)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
-        if not all(layer.quantize for _, layer in qat_layers(model)):
+        if not is_rounding(model):
             warnings.warn(
                 f"training ended at step {state.global_step} of {state.max_steps} before QAT began (step "
                 f"{self._start(state)}): the weights were not trained to be ternary. Train on, or start QAT earlier "
@@ -402,23 +424,25 @@ class QATStartCallback(TrainerCallback):
 
 class DistillationCallback(TrainerCallback):
     """
-    Adds a teacher to the loss from one step on: `(1 - weight) * loss + weight * KL(teacher || student)`, both means
-    over the tokens that have labels. Works with trainers that take the loss from the model's output and let the model
-    compute logits, as `Trainer` does (without label smoothing, a loss function of its own, or Liger's fused loss); and
-    with TRL's `SFTTrainer` (1.16, `loss_type="nll"`), which asks for the labels' log-probabilities instead of logits:
-    once the teacher joins, logits are computed and the log-probabilities made from them. Where it cannot work the
-    first training pass says so, not the first one with the teacher.
+    Adds a teacher to the loss from one step of QAT on: `(1 - weight) * loss + weight * KL(teacher || student)`, both
+    means over the tokens that have labels. Works with trainers that take the loss from the model's output and let the
+    model compute logits, as `Trainer` does (without label smoothing, a loss function of its own, or Liger's fused
+    loss); and with TRL's `SFTTrainer` (1.16, `loss_type="nll"`), which asks for the labels' log-probabilities instead
+    of logits: once the teacher joins, logits are computed and the log-probabilities made from them. Where it cannot
+    work the first training pass says so, not the first one with the teacher.
 
     Args:
         teacher: a causal LM with the student's vocabulary, as a rule the checkpoint that QAT started from. It is
             frozen, and moved to the student's device.
-        start_share: share of the optimizer steps, the first ones, that are pure QAT. Not 0: distilling from the start
-            was worse than pure QAT (BitCPM-CANN).
+        start_share: share of the QAT steps, the first ones, that are pure QAT. All steps are QAT, or those that
+            `QATStartCallback` makes so, wherever it stands in the list. Not 0: distilling from the start was worse
+            than pure QAT (BitCPM-CANN).
         weight: of the KL term, above 0 and at most 1.
         temperature: both distributions are softened by it, and the term is multiplied by its square.
 
     Raises:
-        ValueError: a setting out of its range; in training, a trainer whose loss it cannot join.
+        ValueError: a setting out of its range; in training, a trainer whose loss it cannot join, steps so few that it
+            would never join, or rounding that is off.
     """
 
     def __init__(
@@ -426,7 +450,7 @@ class DistillationCallback(TrainerCallback):
     ):
         if not 0 < start_share < 1:
             raise ValueError(
-                f"start_share is the share of steps before distillation, between 0 and 1; got {start_share}. "
+                f"start_share is the share of QAT steps before distillation, between 0 and 1; got {start_share}. "
                 "Distilling from the start is worse than not at all."
             )
         if not 0 < weight <= 1:
@@ -454,8 +478,23 @@ class DistillationCallback(TrainerCallback):
             model.register_forward_hook(self._add_teacher, with_kwargs=True),
         ]
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.active = state.global_step >= math.ceil(self.start_share * state.max_steps)
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        # Now every on_train_begin has been called, and the first step is still to come.
+        qat = getattr(state, "qat_start_step", None)
+        if qat is None and not is_rounding(model):
+            raise ValueError(
+                "the rounding is off, and the teacher is for a student that rounds. Begin QAT with QATStartCallback, "
+                "or call set_qat(model, True)."
+            )
+        qat = qat or 0
+        start = qat + math.ceil(self.start_share * (state.max_steps - qat))
+        if start >= state.max_steps:
+            raise ValueError(
+                f"DistillationCallback would never join: QAT begins at step {qat} of {state.max_steps}, and "
+                f"start_share={self.start_share} of what follows is pure QAT. Train more steps, or take a smaller "
+                "start_share or an earlier start of QAT."
+            )
+        self.active = state.global_step >= start
 
     def on_train_end(self, args, state, control, **kwargs):
         while self._hooks:
@@ -567,11 +606,15 @@ class TernaryMonitorCallback(TrainerCallback):
     - `ternary/flip_rate`: share of the weights whose code changed since the last logging step. It should fall as the
       learning rate decays; 0 from early on says that the learning rate is too small to move latents over a threshold.
     - `ternary/zero_fraction`: share of codes that are 0.
-    - `ternary/scale_drift`: mean over groups of |scale / scale at the start of training - 1|.
+    - `ternary/scale_drift`: mean over groups of |scale / scale at the start of training - 1|. The first scales
+      lie in each checkpoint (`SCALES_FILE`) for a run that resumes from it; where the file is missing the drift counts
+      from the checkpoint, and a warning says so.
 
     The entries are in `trainer.state.log_history`, and reach callbacks that stand behind this one. Needs 1 byte a
     ternary weight on the weights' device.
     """
+
+    SCALES_FILE = "ternary_first_scales.safetensors"
 
     def __init__(self):
         self.history: list[dict[str, float]] = []
@@ -582,6 +625,26 @@ class TernaryMonitorCallback(TrainerCallback):
         _require_latents(model, type(self).__name__)
         for name, codes, scales in _codes_and_scales(model):
             self._codes[name], self._first_scales[name] = codes, scales
+        if state.global_step:
+            self._read_first_scales(self._file(args, state))
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and self._file(args, state).parent.is_dir():
+            with new_file(self._file(args, state)) as work:
+                save_file(self._first_scales, work)
+
+    def _file(self, args, state) -> Path:
+        return Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", self.SCALES_FILE)
+
+    def _read_first_scales(self, file: Path) -> None:
+        found = load_file(file) if file.is_file() else {}
+        now = self._first_scales
+        if found.keys() == now.keys() and all(found[name].shape == now[name].shape for name in now):
+            self._first_scales = {name: found[name].to(now[name].device) for name in now}
+        else:
+            logger.warning(
+                f"{file} has no scales of this model: ternary/scale_drift counts from the checkpoint that was resumed."
+            )
 
     def on_log(self, args, state, control, model=None, logs=None, **kwargs):
         if not self._codes or "loss" not in (logs or {}):  # evaluations and the end of training log too
@@ -619,7 +682,7 @@ def _codes_and_scales(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, tor
     for name, layer in qat_layers(model):
         with torch.no_grad():
             adapter = adapters.get(id(layer))
-            yield name, *layer.codes_and_scales(None if adapter is None else adapter.delta())
+            yield name, *layer.codes_and_scales(*(() if adapter is None else adapter.deltas()))
 
 
 def _require_latents(model: nn.Module, who: str) -> None:

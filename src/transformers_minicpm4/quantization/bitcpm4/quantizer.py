@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from optimum.quantization_base import OptimumQuantizer
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from ..export.checkpoint_files import new_folder, own_tokenizer
 from ..export.ternary_gptq import ternary_weight
 from ..quantized_weight import QuantizedWeight
+from .adapters import refuse_adapters
 from .configuration import QUANT_METHOD, BitCPM4Config
 from .packed_linear import TernaryLinear
 from .qat import convertible_linears, mark_quantized, qat_layers, quantization_of, refuse_quantized, refuse_ternary
@@ -64,14 +66,15 @@ class BitCPM4Quantizer(OptimumQuantizer):
             options: `group_size`, `modules_to_not_convert` and `scale_dtype` of `BitCPM4Config`, for dense weights.
 
         Raises:
-            ValueError: packed already, or quantized by another method (named), or options for latents that have them.
+            ValueError: packed already, or quantized by another method (named); options for latents that have them;
+                adapters that are not merged; or a path to something else than a causal LM.
         """
         if file_name is not None:
             raise ValueError(f"file_name={file_name!r} was given; a checkpoint is named by folder or Hub id alone.")
-        if isinstance(model_or_path, PreTrainedModel):
-            quantization = getattr(model_or_path.config, "quantization_config", None)
-        else:
-            quantization = getattr(AutoConfig.from_pretrained(model_or_path), "quantization_config", None)
+        refuse_adapters(model_or_path)
+        in_memory = isinstance(model_or_path, PreTrainedModel)
+        config = model_or_path.config if in_memory else causal_lm_config(model_or_path)
+        quantization = getattr(config, "quantization_config", None)
         if quantization is None:
             return cls(model_or_path, BitCPM4Config(weight_format="packed", **options))
         _refuse_all_but_latents(quantization)
@@ -140,17 +143,13 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
         `model`; `save_packed` or `save_pretrained` writes it.
 
     Raises:
-        TypeError: not a model of Transformers, such as a PEFT wrapper around one.
+        TypeError: not a model of Transformers.
         ValueError: no latents, adapters not merged, rounding switched off, or weights that are NaN or infinite;
             nothing is changed then.
     """
+    refuse_adapters(model)
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"freeze packs a PreTrainedModel, got {type(model).__name__}. Merge adapters first: "
-            "model = model.merge_and_unload()."
-        )
-    if any(hasattr(module, "base_layer") for module in model.modules()):
-        raise ValueError("this model has adapters that are not merged. Call merge_and_unload() first, then freeze.")
+        raise TypeError(f"freeze packs a PreTrainedModel, got {type(model).__name__}.")
     layers = dict(qat_layers(model))
     if not layers:
         quantization = getattr(model.config, "quantization_config", None)
@@ -184,7 +183,7 @@ def round_to_ternary(model: PreTrainedModel, config: BitCPM4Config) -> PreTraine
     that was not trained for it: a baseline, or the last step of a training of your own.
 
     Raises:
-        ValueError: quantized already, NaN weights, inputs that the group size does not divide.
+        ValueError: quantized already, NaN weights, inputs that the group size does not divide, adapters.
     """
     refuse_quantized(model)
     _warn_rounding()
@@ -217,14 +216,15 @@ def import_fake_quantized(
         row has one scale) and which layers stayed.
 
     Raises:
-        ValueError: quantized already, or no layer is ternary.
+        ValueError: quantized already, or no layer is ternary; adapters; or a path to something else than a causal LM.
     """
+    refuse_adapters(model_or_path)
     if isinstance(model_or_path, PreTrainedModel):
         refuse_quantized(model_or_path)
         model = sharing_copy(model_or_path)
     else:
+        refuse_quantized(causal_lm_config(model_or_path))
         model = AutoModelForCausalLM.from_pretrained(model_or_path)
-        refuse_quantized(model)
     linears = convertible_linears(model, BitCPM4Config(-1, modules_to_not_convert))
     sizes = {name: detect_group_size(linear.weight) for name, linear in linears.items()}
     ternary = {name: size for name, size in sizes.items() if size is not None}
@@ -273,8 +273,9 @@ def save_packed(
 
     Raises:
         FileExistsError: the folder has something in it.
-        ValueError: the model is not packed.
+        ValueError: the model is not packed, or has adapters.
     """
+    refuse_adapters(model)
     if not any(isinstance(module, TernaryLinear) for module in model.modules()):
         raise ValueError(f"this {type(model).__name__} has no packed layer; call freeze first.")
     save_dir = Path(save_dir)
@@ -299,9 +300,13 @@ class PackedWeights(Mapping):
 
     Attributes:
         rest: the model's state dict without the packed layers' codes and scales.
+
+    Raises:
+        ValueError: the model has adapters.
     """
 
     def __init__(self, model: PreTrainedModel):
+        refuse_adapters(model)
         self.layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, TernaryLinear)}
         inside = {f"{name}.{part}" for name in self.layers for part in ("weight", "weight_scale")}
         self.rest = {name: tensor for name, tensor in model.state_dict().items() if name not in inside}
@@ -343,13 +348,40 @@ def cast_rest(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """
     Cast what is not ternary in a packed model, in place: new parameters stand where the floating-point ones were,
     which another model may hold too. Ties stay, scales too.
+
+    Raises:
+        ValueError: `dtype` has no number for a value; names the tensor, and nothing is cast.
     """
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not torch.equal(parameter.to(dtype).isfinite(), parameter.isfinite()):
+            raise ValueError(
+                f"{name} has values up to {parameter.detach().abs().max():.3g}, beyond the range of {dtype}, where "
+                "they would be infinite. Take dtype=torch.bfloat16, or None to leave them as they are."
+            )
     new: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if parameter.is_floating_point():
                 cast = new.setdefault(id(parameter), nn.Parameter(parameter.detach().to(dtype)))
                 setattr(module, name, cast)
+
+
+def causal_lm_config(path: str | Path) -> PreTrainedConfig:
+    """
+    The configuration of a folder or Hub id that is about to be loaded as a causal LM.
+
+    Raises:
+        ValueError: it was saved as something else, whose head would be lost.
+    """
+    config = AutoConfig.from_pretrained(path)
+    loaded = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    for saved in config.architectures or ():
+        if not saved.endswith(("ForCausalLM", "LMHeadModel")) and saved != loaded:
+            raise ValueError(
+                f"{path} holds a {saved}, and a path is loaded as a causal LM here, without that one's head. Load it "
+                "by its own class, and pack the model in memory: save_packed(freeze(model), folder)."
+            )
+    return config
 
 
 def round_layer(
@@ -393,7 +425,7 @@ def _refuse_all_but_latents(quantization: object) -> None:
 
 
 def _packed(config: BitCPM4Config) -> BitCPM4Config:
-    return BitCPM4Config(**{**config.to_dict(), "weight_format": "packed"})
+    return BitCPM4Config(**{**config.to_dict(), "weight_format": "packed", "rounding": True})
 
 
 def _replace(

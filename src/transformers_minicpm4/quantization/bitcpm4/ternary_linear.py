@@ -6,7 +6,7 @@ The definition is `x.float() @ dequantize_ternary(...).T`; every path answers th
 - on a CPU, few rows (decoding): C++ that reads the packed bytes, see `ternary_cpu`;
 - on a CPU, many rows (prefill): blocks of outputs, unpacked into a few MB and multiplied by PyTorch;
 - on CUDA and ROCm: Triton, see `ternary_triton`;
-- elsewhere, in `torch.compile`, and without a compiler: the blocks alone, in PyTorch.
+- elsewhere, in `torch.compile` and `torch.jit.trace`, and without a compiler: the blocks alone, in PyTorch.
 
 No path ever holds the whole dense weight.
 
@@ -149,7 +149,7 @@ def _check_scales(packed, scales, group_size, in_features) -> None:
 def _linear(rows, packed, scales, group_size, bias) -> torch.Tensor:
     """`[M, O]` in the dtype of `rows` (`[M, I]`), whichever path it takes."""
     packed, scales = packed.contiguous(), scales.contiguous()
-    with torch.no_grad(), _without_autocast(rows.device.type):
+    with torch.no_grad(), without_autocast(rows.device.type):
         if not rows.numel() or not len(packed):
             out = torch.zeros((len(rows), len(packed)), dtype=torch.float32, device=rows.device)
         elif (gpu := _gpu(rows, group_size)) is not None:
@@ -184,15 +184,20 @@ def _dequantize(packed, scales, group_size, in_features) -> torch.Tensor:
 
 def _cpu(tensor, group_size, in_features=None):
     """The C++ kernels where they serve: not on other devices, not in a traced graph, not for odd groups."""
-    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+    if tensor.device.type != "cpu" or _is_traced():
         return None
     cpu = kernels()
     return cpu if cpu is not None and cpu.takes(in_features or tensor.shape[1], group_size) else None
 
 
+def _is_traced() -> bool:
+    """Whether PyTorch is writing down what is computed, and would not see what the kernels write."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def _gpu(tensor, group_size):
     """The Triton kernels where they serve, else `None`."""
-    if not tensor.is_cuda or torch.compiler.is_compiling():
+    if not tensor.is_cuda or _is_traced():
         return None
     gpu = _triton()
     return gpu if gpu is not None and gpu.takes(tensor.shape[1], group_size) else None
@@ -207,7 +212,8 @@ def _triton():
     return ternary_triton
 
 
-def _without_autocast(kind: str):
+def without_autocast(kind: str):
+    """Context in which autocast is off on devices of `kind`."""
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else torch.no_grad()
 
 
@@ -226,7 +232,7 @@ class _TernaryLinear(torch.autograd.Function):
     def backward(ctx, grad):
         packed, scales = ctx.saved_tensors
         grad_rows = grad_bias = None
-        with _without_autocast(grad.device.type):
+        with without_autocast(grad.device.type):
             grad = grad.float()
             if ctx.needs_input_grad[0]:
                 total = torch.zeros(ctx.shape, dtype=torch.float32, device=grad.device)

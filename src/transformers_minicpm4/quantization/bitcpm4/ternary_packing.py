@@ -137,5 +137,7 @@ def row_blocks(outputs: int, width: int, budget: int) -> list[slice]:
 def unpack_rows(packed: torch.Tensor, in_features: int) -> torch.Tensor:
     """int8 `[O, I]` of uint8 `[O, B]`, all at once and unchecked."""
     places = torch.arange(6, -1, -2, dtype=torch.int8, device=packed.device)
+    # torch.jit.trace cannot write down a view in another dtype; a cast wraps around to the same bits.
+    signed = packed.to(torch.int8) if torch.jit.is_tracing() else packed.view(torch.int8)
     # To the top of the byte and back down: the shift to the right repeats the sign.
-    return ((packed.view(torch.int8)[..., None] << places) >> 6).flatten(1)[:, :in_features]
+    return ((signed[..., None] << places) >> 6).flatten(1)[:, :in_features]

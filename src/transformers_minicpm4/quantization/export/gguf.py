@@ -62,7 +62,7 @@ def save_gguf(
         tokenizer: a fast tokenizer; without one the file takes token ids alone.
         quantization: of the layers in `weights`: "auto" for the smallest type that is exact for each; "TQ1_0",
             "TQ2_0", "Q4_0", "Q4_1", "Q8_0", refused where they would change a value; "F16" or "F32" for dense values
-            (F16 as readers of the GPTQ format compute them).
+            (F16 as readers of the GPTQ format compute them, and refused for scales that float16 would round).
         float_type: of all other matrices: "auto" as they are, or "F32", "F16", "BF16", to which they are rounded.
             Norms and biases are always F32, as llama.cpp wants them.
         tokenizer_pre: see [`add_tokenizer`].
@@ -279,6 +279,11 @@ def _add_quantized(writer, name: str, own: str, weight: QuantizedWeight, quantiz
 
     if quantization in ("F16", "F32"):
         dtype = torch.float16 if quantization == "F16" else torch.float32
+        if not torch.equal(weight.scales.to(dtype).to(weight.scales.dtype), weight.scales):
+            raise LossyExport(
+                f"{name}: its scales are not float16 numbers, and {quantization} would round them. Use "
+                "quantization='F32'."
+            )
         return _add_floats(writer, own, weight.dequantize(dtype), quantization)
     try:
         kind, blocks = gguf_blocks(weight, quantization)
