@@ -189,11 +189,11 @@ def test_a_config_without_dtype_keeps_the_files(tmp_path):
 
 @pytest.mark.parametrize("work_dir", [True, False])
 def test_rows_that_lie_in_files_are_the_rows(work_dir, tmp_path, monkeypatch):
-    from transformers_minicpm4.quantization.p_gptq import quantizer as module
+    from transformers_minicpm4.quantization.p_gptq import hidden_states
 
     in_memory = make()
     PGPTQQuantizer(**OPTIONS).quantize_model(in_memory)
-    monkeypatch.setattr(module, "IN_MEMORY", 0)
+    monkeypatch.setattr(hidden_states, "IN_MEMORY", 0)
     mapped = []
     from_file = torch.from_file
     monkeypatch.setattr(

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 import time
 from dataclasses import replace
 from importlib.metadata import version
@@ -20,7 +18,7 @@ from typing import Any
 import torch
 from optimum.quantization_base import OptimumQuantizer
 from torch import nn
-from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from ...model.prefix_cache import PrefixCache
@@ -32,6 +30,7 @@ from .blocks import Blocks, feeds, linear_groups, open_checkpoint, run, run_unti
 from .calibration import CalibrationError, batches, calibration_rows, digest
 from .configuration import PGPTQConfig
 from .hessian import Hessian, position_weights
+from .hidden_states import PrefixStream, Spread
 from .report import write_report
 from .smoothing import search_factors
 from .solver import CannotFactor, output_error, round_to_nearest, solve
@@ -47,8 +46,6 @@ BEFORE = {
     "mlp.gate_proj": "post_attention_layernorm",
     "mlp.down_proj": "mlp.up_proj",
 }
-# Of the rows kept between blocks at most this many bytes stay in memory; the rest lies in a file that is mapped.
-IN_MEMORY = 4 * 2**30
 
 
 class PGPTQQuantizer(OptimumQuantizer):
@@ -307,12 +304,12 @@ class PGPTQQuantizer(OptimumQuantizer):
 
         hidden: list[torch.Tensor] = []
         kwargs: list[list[dict[str, Any]]] = []
-        spread = _Spread(work_dir)
+        spread = Spread(work_dir)
         for part in parts:
             first, further = blocks.first_inputs(part)
             hidden.append(spread.keep(first))
             kwargs.append(further)
-        prefix = _PrefixStream(blocks, config.prefix_ids) if config.prefix_ids else None
+        prefix = PrefixStream(blocks, config.prefix_ids) if config.prefix_ids else None
         if blocks.files is None:
             # From here on the model changes; a second call, or one after an interruption, must not take it for the
             # original.
@@ -545,33 +542,6 @@ class PGPTQQuantizer(OptimumQuantizer):
         return self.source or getattr(model.config, "_name_or_path", "") or type(model).__name__
 
 
-class _PrefixStream:
-    """The constant prefix on its way through the blocks in full precision."""
-
-    def __init__(self, blocks: Blocks, prefix_ids: list[int]):
-        ids = torch.tensor([prefix_ids])
-        self.past = DynamicCache()
-        self.hidden, self.kwargs = blocks.first_inputs(
-            {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, self.past
-        )
-
-    def into(self, hidden: list[torch.Tensor]) -> None:
-        """Rows see the prefix as full precision has it, as they will from the stored keys and values."""
-        for part in hidden:
-            part[:, : self.hidden.shape[1]] = self.hidden
-
-    def step(self, block: nn.Module, index: int) -> None:
-        further = {**self.kwargs[index], "past_key_values": self.past, "use_cache": True}
-        self.hidden = run(block, self.hidden, further)
-
-    def cache(self, token_ids: list[int], dtype: torch.dtype | None) -> PrefixCache:
-        return PrefixCache(
-            list(token_ids),
-            [layer.keys.to("cpu", dtype) for layer in self.past.layers],
-            [layer.values.to("cpu", dtype) for layer in self.past.layers],
-        )
-
-
 def refuse_quantized(model: PreTrainedModel) -> None:
     """Raise ValueError for a model that is quantized already, by us or others."""
     if getattr(model, "_p_gptq", False):
@@ -596,24 +566,6 @@ def refuse_filled(folder: Path) -> None:
 
 def _rows(weight: QuantizedWeight, part: slice) -> QuantizedWeight:
     return replace(weight, codes=weight.codes[part], scales=weight.scales[part], zeros=weight.zeros[part])
-
-
-class _Spread:
-    """Keeps the rows between blocks: the first `IN_MEMORY` bytes in memory, the rest in files that are mapped."""
-
-    def __init__(self, folder: str | Path | None):
-        self.folder, self.kept = folder, 0
-
-    def keep(self, part: torch.Tensor) -> torch.Tensor:
-        self.kept += part.nbytes
-        if self.kept <= IN_MEMORY or part.device.type != "cpu":
-            return part.clone()
-        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".rows-") as file:
-            # A disk that is full must say so now, not by a signal when a page is written.
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, part.nbytes)
-            mapped = torch.from_file(file.name, shared=True, size=part.numel(), dtype=part.dtype)
-        return mapped.view(part.shape).copy_(part)
 
 
 def _digest(value: Any) -> str:
