@@ -31,12 +31,9 @@ from transformers import (
 
 from transformers_minicpm4.cli.assets import smollm2_path
 from transformers_minicpm4.quantization.bitcpm4.configuration import BitCPM4Config
-from transformers_minicpm4.quantization.bitcpm4.qat import (
-    TernaryMonitorCallback,
-    rewarmed_wsd_schedule,
-    set_qat,
-)
+from transformers_minicpm4.quantization.bitcpm4.qat import set_qat
 from transformers_minicpm4.quantization.bitcpm4.quantizer import BitCPM4Quantizer, packed_sizes
+from transformers_minicpm4.quantization.bitcpm4.recipe import TernaryMonitorCallback, rewarmed_wsd_schedule
 
 
 WIKITEXT = Path(__file__).resolve().parents[2] / "shared" / "data" / "wikitext2"

@@ -13,8 +13,9 @@ from tolerances import relative_rms
 from transformers_minicpm4.quantization.bitcpm4.configuration import BitCPM4Config
 from transformers_minicpm4.quantization.bitcpm4.packed_linear import TernaryLinear
 from transformers_minicpm4.quantization.bitcpm4.peft_support import merge_and_requantize
-from transformers_minicpm4.quantization.bitcpm4.qat import TernaryMonitorCallback, TernaryQATLinear, prepare_qat
+from transformers_minicpm4.quantization.bitcpm4.qat import TernaryQATLinear, prepare_qat
 from transformers_minicpm4.quantization.bitcpm4.quantizer import freeze
+from transformers_minicpm4.quantization.bitcpm4.recipe import TernaryMonitorCallback
 from transformers_minicpm4.quantization.bitcpm4.ternary import fake_quantize
 
 
