@@ -1,5 +1,6 @@
 """Stored keys and values stand for the prefix's tokens, in every call that a model has."""
 
+import accelerate
 import pytest
 import torch
 
@@ -18,6 +19,19 @@ def test_a_filled_cache_answers_as_the_whole_prompt(tiny_model):
         expected = model(whole).logits[:, len(PREFIX) :]
         got = model(ids, past_key_values=prefix.to_cache(model, 2), use_cache=True).logits
     assert torch.allclose(got, expected, atol=1e-12)
+
+
+def test_the_cache_lies_where_offloaded_blocks_compute(tiny_model):
+    """accelerate puts weights away (meta) and brings them for a moment."""
+    model = tiny_model()
+    prefix = PrefixCache.from_model(model, PREFIX)
+    ids = torch.randint(1, 120, (1, 7))
+    with torch.no_grad():
+        expected = model(ids, past_key_values=prefix.to_cache(model), use_cache=True).logits
+        accelerate.cpu_offload(model, execution_device="cpu")
+        assert model.model.layers[0].mlp.up_proj.weight.is_meta
+        got = model(ids, past_key_values=prefix.to_cache(model), use_cache=True).logits
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("sparse", [False, True])

@@ -27,13 +27,27 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 FILE_NAME = "prefix_cache/keys_values.safetensors"
 
 
-def _device_of(block: nn.Module | None, default: torch.device) -> torch.device:
-    """Where a block computes, which is not where an offloaded one lies."""
-    if block is None:
-        return default
-    named = getattr(getattr(block, "_hf_hook", None), "execution_device", None)
-    device = next(block.parameters()).device if named is None else torch.device(named)
-    return default if device.type == "meta" else device
+def _device_of(module: nn.Module) -> torch.device:
+    """Where a module computes, which is not where an offloaded one lies: accelerate's hooks, or its parameters."""
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):
+            named = getattr(one, "execution_device", None)
+            if named is not None:
+                return torch.device(named)
+    device = next(module.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def refuse_recurrent(config: PreTrainedConfig) -> None:
+    """Raise ValueError for a model some of whose layers keep a state instead of keys and values."""
+    kinds = getattr(config.get_text_config(decoder=True), "layer_types", None) or []
+    other = sorted({kind for kind in kinds if not kind.endswith("attention") or kind.startswith("linear")})
+    if other:
+        raise ValueError(
+            f"prefix tokens were given for a model with layers of kind {', '.join(other)}, which have no keys and "
+            "values to store; leave prefix_ids out"
+        )
 
 
 @dataclass
@@ -56,6 +70,7 @@ class PrefixCache:
         vocab = model.get_input_embeddings().num_embeddings
         if not token_ids or not all(0 <= token < vocab for token in token_ids):
             raise ValueError(f"prefix tokens {token_ids} were given; give at least one id, each below {vocab}")
+        refuse_recurrent(model.config)
         cache = DynamicCache()
         ids = torch.tensor([token_ids], device=model.get_input_embeddings().weight.device)
         model(input_ids=ids, past_key_values=cache, use_cache=True)
@@ -125,11 +140,10 @@ class PrefixCache:
         cache = DynamicCache()
         weight = model.get_input_embeddings().weight
         # A model may lie on several devices, and parts of it elsewhere until they are needed.
-        blocks = getattr(model.get_decoder(), "layers", None) or [None] * layers
-        for index, (key, value, block) in enumerate(zip(self.keys, self.values, blocks, strict=False)):
-            device = _device_of(block, weight.device)
-            parts = (part.to(device, weight.dtype).expand(batch_size, -1, -1, -1) for part in (key, value))
-            cache.update(*parts, index)
+        blocks = getattr(model.get_decoder(), "layers", [])
+        for index, pair in enumerate(zip(self.keys, self.values, strict=True)):
+            device = _device_of(blocks[index] if index < len(blocks) else model.get_input_embeddings())
+            cache.update(*(part.to(device, weight.dtype).expand(batch_size, -1, -1, -1) for part in pair), index)
         return cache
 
     def prepend(

@@ -146,8 +146,12 @@ def test_an_adapter_around_latents_loads_around_such_latents_alone(tiny_llama, i
     again.save_pretrained(tmp_path / "again")
     with pytest.raises(ValueError, match="has no latents"):
         peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "again")
-    # The caller's config is good for other models, whose adapters load as ever.
-    peft.get_peft_model(tiny_llama(), config).save_pretrained(tmp_path / "plain")
+    # The caller's config is good for other models, whose adapters load as ever, while the first one lives.
+    plain = peft.get_peft_model(tiny_llama(), config)
+    model.save_pretrained(tmp_path / "still")
+    with pytest.raises(ValueError, match="has no latents"):
+        peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "still")
+    plain.save_pretrained(tmp_path / "plain")
     assert "bitcpm4" not in (tmp_path / "plain" / "adapter_config.json").read_text()
     peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "plain")
 

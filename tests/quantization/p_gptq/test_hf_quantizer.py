@@ -1,6 +1,8 @@
 """`from_pretrained(..., quantization_config=PGPTQConfig(...))`, and what `save_pretrained` leaves for every reader."""
 
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,3 +115,37 @@ def test_a_save_that_fails_leaves_the_folder_as_it_was(source, tmp_path, monkeyp
     assert not any(name.startswith("model-") or name.endswith("index.json") for name in names)
     assert (tmp_path / "int4" / "README.md").read_text() == "mine"
     assert torch.equal(logits(load_gptq(tmp_path / "int4", torch.float32)), logits(model))
+
+
+def test_a_save_takes_nothing_away_that_is_not_its_own(source, tmp_path):
+    """Another process's weights, a variant's, an adapter's base, a stranger's file."""
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=PGPTQConfig(**OPTIONS, prefix_ids=[1]))
+    folder = tmp_path / "int4"
+    model.save_pretrained(folder)
+    (folder / "model_notes.safetensors").write_bytes(b"notes")
+    whole = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    model.save_pretrained(folder, is_main_process=False)
+    model.save_pretrained(folder, variant="int4")
+    assert (folder / "model.int4.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert {path: (folder / path).read_bytes() for path in whole} == whole
+    model.add_adapter(LoraConfig(r=4, target_modules=["q_proj"]))
+    model.save_pretrained(folder)
+    assert (folder / "adapter_model.safetensors").is_file()
+    ours = {path: content for path, content in whole.items() if path.name != "README.md"}
+    assert {path: (folder / path).read_bytes() for path in ours} == ours
+
+    # A prefix of another model is not left to be taken for this one's.
+    plain = AutoModelForCausalLM.from_pretrained(source, quantization_config=PGPTQConfig(**OPTIONS))
+    plain.save_pretrained(folder)
+    assert PrefixCache.load(folder) is None
+
+
+def test_a_folder_may_lie_on_another_disk(source, tmp_path):
+    other = Path("/dev/shm")
+    if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("no second file system here")
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=PGPTQConfig(**OPTIONS))
+    with tempfile.TemporaryDirectory(dir=other) as folder:
+        (tmp_path / "int4").symlink_to(folder)
+        model.save_pretrained(tmp_path / "int4")
+        assert torch.equal(logits(load_gptq(tmp_path / "int4", torch.float32)), logits(model))

@@ -17,6 +17,7 @@ from transformers import (
     Gemma2Config,
     GemmaConfig,
     GemmaForCausalLM,
+    Lfm2Config,
     MixtralConfig,
     MixtralForCausalLM,
     Olmo2Config,
@@ -410,6 +411,26 @@ def test_changes_beside_the_quantized_weights_are_saved_and_of_them_refused(tmp_
         quantizer.save(model, tmp_path / "bias")
 
 
+def test_a_cast_is_no_change(tmp_path):
+    model = make("qwen").bfloat16()
+    quantizer = PGPTQQuantizer(**OPTIONS)
+    quantizer.quantize_model(model)
+    quantizer.save(model.half(), tmp_path / "half")
+    quantizer.save(model.float(), tmp_path / "float")
+    half, single = (read_gptq(tmp_path / name) for name in ("half", "float"))
+    assert all(torch.equal(half[name].codes, single[name].codes) for name in single)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="was changed after it was quantized"):
+        quantizer.save(model, tmp_path / "changed")
+
+
+def test_a_prefix_needs_keys_and_values():
+    config = Lfm2Config(**{**SIZES, "layer_types": ["conv", "full_attention", "conv"]})
+    with pytest.raises(ValueError, match="layers of kind conv, which have no keys and values"):
+        PGPTQQuantizer(**OPTIONS, prefix_ids=[1]).quantize_model(AutoModelForCausalLM.from_config(config))
+
+
 def test_every_blocks_widths_are_looked_at(tmp_path):
     model = make()
     model.model.layers[2].mlp.up_proj = nn.Linear(64, 100, bias=False)
@@ -423,8 +444,11 @@ def test_every_blocks_widths_are_looked_at(tmp_path):
 
 def test_an_adapter_is_not_taken_for_weights():
     model = get_peft_model(make(), LoraConfig(r=64, target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match=r"q_proj has an adapter beside it; call merge_and_unload"):
-        PGPTQQuantizer(**OPTIONS).quantize_model(model)
+    for given in (model, model.get_base_model()):
+        with pytest.raises(ValueError, match=r"has adapters that are not merged"):
+            PGPTQQuantizer(**OPTIONS).quantize_model(given)
+        with pytest.raises(ValueError, match=r"has adapters that are not merged"):
+            PGPTQQuantizer.from_pretrained(given, **OPTIONS)
 
 
 def test_a_mixture_says_what_stays(tmp_path, monkeypatch):

@@ -86,7 +86,7 @@ def quantize_arguments(parser: argparse.ArgumentParser) -> None:
         "--compute-dtype",
         choices=["float32", "bfloat16", "float16"],
         help="what blocks compute in while they are solved; the checkpoint keeps MODEL's dtype (default: MODEL's, but "
-        "float32 for bfloat16 on a CPU that has no instructions for it)",
+        "float32 for bfloat16 on a CPU that is slow in it)",
     )
     _shards(parser)
     _switch(parser, "--fresh", "throw away what an unfinished run left in FOLDER's place", "go on with it")

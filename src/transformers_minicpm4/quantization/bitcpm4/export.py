@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ..adapters import refuse_adapters
 from ..export.checkpoint_files import own_tokenizer
 from ..export.gptq import save_gptq
-from .adapters import refuse_adapters
 from .quantizer import PackedWeights
 
 

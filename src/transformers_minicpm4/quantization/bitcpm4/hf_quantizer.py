@@ -162,7 +162,7 @@ class BitCPM4HfQuantizer(HfQuantizer):
         return super().dequantize(model, dtype).to(dtype)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-        from .adapters import refuse_adapters
+        from ..adapters import refuse_adapters
         from .packed_linear import TernaryLinear
         from .qat import TernaryQATLinear
 

@@ -17,6 +17,7 @@ Shape letters: `O` outputs, `I` inputs, `Q` groups.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import importlib.util
@@ -81,7 +82,8 @@ def register_with_peft() -> None:
 
     @functools.wraps(inject)
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
-        config = self.peft_config[adapter_name]
+        # A copy: what is marked below is this adapter's, and a config may be given to several models.
+        config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         _refuse_whole(config, model)
         _refuse_elsewhere(config, model)
         _mark(config, model)
@@ -178,7 +180,7 @@ def _refuse_elsewhere(config, model: nn.Module) -> None:
             f"this adapter was trained around latents of group size {wanted}, where it is rounded with the weights; "
             f"the model here {here}, and with the adapter it would be another model than was trained. Load the base "
             f"as it was: from_pretrained(..., quantization_config=BitCPM4Config(group_size={wanted})), and then "
-            "PeftModel.from_pretrained(model, folder)."
+            "PeftModel.from_pretrained(model, folder). For a new adapter with these settings make a new LoraConfig."
         )
 
 
@@ -373,7 +375,12 @@ def merge_and_requantize(model: PeftModel) -> tuple[PreTrainedModel, dict[str, f
     # What is left is PEFT's own to merge: layers that stayed dense, and tokens.
     for name, module in wrapped.items():
         model.set_submodule(name, module.base_layer)
-    merged = model.merge_and_unload()
+    try:
+        merged = model.merge_and_unload()
+    except ValueError:  # PEFT refuses before it changes anything
+        for name, module in wrapped.items():
+            model.set_submodule(name, module)
+        raise
     for name, (codes, scales) in refits.items():
         base = wrapped[name].base_layer
         base.weight, base.weight_scale = nn.Parameter(codes, requires_grad=False), scales

@@ -17,7 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging
 
-from .adapters import refuse_adapters
+from ..adapters import refuse_adapters
 from .configuration import QUANT_METHOD, BitCPM4Config
 from .ternary import detect_group_size, fake_quantize, inputs_per_group, ternary_codes_and_scales
 

@@ -19,10 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from ..adapters import refuse_adapters
 from ..export.checkpoint_files import new_folder, own_tokenizer
 from ..export.ternary_gptq import ternary_weight
 from ..quantized_weight import QuantizedWeight
-from .adapters import refuse_adapters
 from .configuration import QUANT_METHOD, BitCPM4Config
 from .packed_linear import TernaryLinear
 from .qat import convertible_linears, mark_quantized, qat_layers, quantization_of, refuse_quantized, refuse_ternary

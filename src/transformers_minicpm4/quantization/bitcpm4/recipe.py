@@ -216,7 +216,7 @@ class TernaryMonitorCallback(TrainerCallback):
     ternary weight on the weights' device.
     """
 
-    SCALES_FILE = "ternary_first_scales.safetensors"
+    SCALES_FILE = "ternary_monitor/first_scales.safetensors"
 
     def __init__(self):
         self.history: list[dict[str, float]] = []
@@ -231,7 +231,7 @@ class TernaryMonitorCallback(TrainerCallback):
             self._read_first_scales(self._file(args, state))
 
     def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero and self._file(args, state).parent.is_dir():
+        if state.is_world_process_zero and self._file(args, state).parents[1].is_dir():
             with new_file(self._file(args, state)) as work:
                 save_file(self._first_scales, work)
 

@@ -94,7 +94,10 @@ def quantized_by(config) -> str | None:
 def own_tokenizer(source: str | os.PathLike):
     """The tokenizer beside a checkpoint's weights; `None` where there is none, for which Transformers invents one."""
     folder = Path(source)
-    files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    files = (
+        "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+        "tekken.json", "vocab.json", "vocab.txt",
+    )  # fmt: skip
     if folder.is_dir() and not any((folder / name).is_file() for name in files):
         return None
     try:

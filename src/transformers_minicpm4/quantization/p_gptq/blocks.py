@@ -19,6 +19,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from ..adapters import refuse_adapters
+
 
 class _Stop(Exception):
     pass
@@ -40,6 +42,7 @@ class Blocks:
         files: dict[str, Path] | None = None,
         stored_dtype: torch.dtype | None = None,
     ):
+        refuse_adapters(model)
         self.model, self.files, self.stored_dtype = model, files, stored_dtype
         self.decoder = model.get_decoder()
         layers = getattr(self.decoder, "layers", None)
@@ -54,11 +57,6 @@ class Blocks:
             raise ValueError(
                 f"{absent[0]} is not in memory (meta or offloaded); pass the checkpoint's path, whose blocks are "
                 "read one by one, or load the model without offloading"
-            )
-        adapted = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
-        if adapted:
-            raise ValueError(
-                f"{adapted[0]} has an adapter beside it; call merge_and_unload() first, or take the model without it"
             )
         name = next(name for name, module in model.named_modules() if module is layers)
         self.names = [f"{name}.{index}" for index in range(len(layers))]
@@ -208,7 +206,7 @@ def open_checkpoint(
 
     Args:
         compute_dtype: what blocks compute in. `None`: the checkpoint's dtype, but float32 in the place of bfloat16
-            on a CPU that has no instructions for it.
+            on a CPU that is slow in it.
 
     Raises:
         ValueError: no safetensors files, or files whose names are not those of the model; a device that is not there;
@@ -263,7 +261,7 @@ def _dtype_of(files: dict[str, Path]) -> torch.dtype:
 
 
 def slow_in_bfloat16(device: torch.device | str) -> bool:
-    """Whether this is a CPU that computes bfloat16 without instructions for it, many times slower than float32."""
+    """Whether this is a CPU without vector instructions beyond AVX2, many times slower in bfloat16 than in float32."""
     return torch.device(device).type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
 
 

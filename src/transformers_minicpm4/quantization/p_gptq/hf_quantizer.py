@@ -6,6 +6,8 @@ calls itself what every reader knows, `quant_method: gptq`.
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import tempfile
 from pathlib import Path
 from types import MethodType
@@ -16,6 +18,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
+from ...model.prefix_cache import FILE_NAME as PREFIX_FILE
 from ..export.checkpoint_files import write_json
 from .configuration import PGPTQConfig
 from .report import REPORT
@@ -86,27 +89,51 @@ def _save_pretrained(model: PreTrainedModel, save_directory: str | Path, **kwarg
     """`save_pretrained`, and then the prefix, report, card and `quantize_config.json`, for which it has no hook."""
     if kwargs.pop("push_to_hub", False):
         raise ValueError("push_to_hub would upload before all files are there; save, then upload the folder")
+    if not kwargs.get("is_main_process", True):
+        return
+    if getattr(model, "_hf_peft_config_loaded", False):
+        type(model).save_pretrained(model, save_directory, **kwargs)  # adapters alone, as of any model
+        return
     target = Path(save_directory)
     if target.is_file():
         raise ValueError(f"{target} is a file; name a folder")
-    # All is written beside the folder first: after an error (a full disk) what the folder had is still there.
-    target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}.") as name:
-        work = Path(name)
-        try:
-            type(model).save_pretrained(model, work, **kwargs)
-        except SafetensorError as error:
-            raise OSError(f"the weights could not be written: {error}") from error
-        write_json(work / "quantize_config.json", model.config.quantization_config)
-        model.hf_quantizer._quantizer.write_extras(work, model)
-        made = [path.relative_to(work) for path in work.rglob("*") if path.is_file()]
-        card = target / "README.md"
-        if card.is_file() and REPORT not in card.read_text(encoding="utf-8", errors="replace"):
-            made.remove(Path("README.md"))  # somebody's own
-        # Readers would take an older save's shards for weights.
-        old = {path.relative_to(target) for path in target.glob("model*.safetensors*")} - set(made)
-        for path in sorted(made, key=lambda path: path.name == "config.json"):
-            (target / path).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(work / path, target / path)
-        for path in old:
-            (target / path).unlink()
+    new = not target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        # All is written apart first: after an error (a full disk) what the folder had is still there.
+        with tempfile.TemporaryDirectory(dir=target, prefix=".unfinished-") as work:
+            _write(model, Path(work), kwargs)
+            _move(Path(work), target, kwargs.get("variant"))
+    except BaseException:
+        if new:
+            shutil.rmtree(target, ignore_errors=True)
+        raise
+    if model.hf_quantizer._quantizer.prefix is None:
+        (target / PREFIX_FILE).unlink(missing_ok=True)  # an older save's, which would be taken for this one's
+
+
+def _write(model: PreTrainedModel, work: Path, kwargs: dict[str, Any]) -> None:
+    try:
+        type(model).save_pretrained(model, work, **kwargs)
+    except SafetensorError as error:
+        raise OSError(f"the weights could not be written: {error}") from error
+    write_json(work / "quantize_config.json", model.config.quantization_config)
+    model.hf_quantizer._quantizer.write_extras(work, model)
+
+
+def _move(work: Path, target: Path, variant: str | None) -> None:
+    made = [path.relative_to(work) for path in work.rglob("*") if path.is_file()]
+    card = target / "README.md"
+    if card.is_file() and REPORT not in card.read_text(encoding="utf-8", errors="replace"):
+        made.remove(Path("README.md"))  # somebody's own
+    # Readers would take an older save's weights of another number of files for these.
+    infix = f".{variant}" if variant else ""
+    weights = re.compile(
+        rf"model{re.escape(infix)}(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index{re.escape(infix)}\.json"
+    )
+    old = [path for path in target.iterdir() if weights.fullmatch(path.name) and Path(path.name) not in made]
+    for path in sorted(made, key=lambda path: path.name == "config.json"):
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(work / path, target / path)
+    for path in old:
+        path.unlink()

@@ -21,7 +21,8 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from ...model.prefix_cache import PrefixCache
+from ...model.prefix_cache import PrefixCache, refuse_recurrent
+from ..adapters import refuse_adapters
 from ..export.checkpoint_files import own_tokenizer
 from ..export.gptq import save_gptq
 from ..packing import pack_unit
@@ -71,6 +72,7 @@ class PGPTQQuantizer(OptimumQuantizer):
         self.weights: Store | None = None
         self.prefix: PrefixCache | None = None
         self.report: list[dict[str, Any]] = []
+        self.left: list[str] = []  # matrices within the blocks that are not quantized
         self.num_rows = 0
         self.tokenizer: Any = None
 
@@ -91,8 +93,8 @@ class PGPTQQuantizer(OptimumQuantizer):
             file_name: Optimum's argument for ONNX files; there is none here, and anything but `None` is refused.
             compute_dtype: what the blocks of a path compute in while they are quantized, a dtype that holds the
                 checkpoint's values. What is not quantized is saved in the checkpoint's dtype all the same. `None`:
-                that dtype too, but float32 in the place of bfloat16 on a CPU that has no instructions for it. A model
-                in memory computes in its own dtype.
+                that dtype too, but float32 in the place of bfloat16 on a CPU that is slow in it. A model in memory
+                computes in its own dtype.
         """
         if isinstance(compute_dtype, str):
             found = getattr(torch, compute_dtype, None)
@@ -102,6 +104,7 @@ class PGPTQQuantizer(OptimumQuantizer):
         if file_name is not None:
             raise ValueError(f"file_name={file_name!r} was given; a checkpoint is named by its folder or Hub id alone")
         quantizer = cls(config, **options)
+        refuse_adapters(model_or_path)
         if isinstance(model_or_path, PreTrainedModel):
             if compute_dtype not in (None, model_or_path.dtype):
                 raise ValueError(
@@ -203,16 +206,19 @@ class PGPTQQuantizer(OptimumQuantizer):
         """What a checkpoint has beside its weights: the prefix, the report with its picture, the card."""
         if self.prefix is not None:
             self.prefix.save(folder)
-        write_report(folder, self.report, self.config, self._name(model), self.num_rows, self._left())
+        write_report(folder, self.report, self.config, self._name(model), self.num_rows, self.left)
 
     def check_unchanged(self, model: PreTrainedModel) -> None:
         """Raise ValueError where the model's layers are not what was quantized: the file would not have the change."""
         for name in self.weights:
-            module, stored = model.get_submodule(name), self.weights[name]
-            pairs = [(module.weight, stored.dequantize()), (module.bias, stored.bias)]
+            module = model.get_submodule(name)
+            if module.weight.is_meta:  # of a path: put away
+                continue
+            stored = self.weights[name]
+            # A cast since then is no change.
+            pairs = [(module.weight, stored.dequantize().to(self.solved_dtype)), (module.bias, stored.bias)]
             if any(
-                (now is None) != (then is None)
-                or (now is not None and not now.is_meta and not torch.equal(now, then.to(now)))
+                (now is None) != (then is None) or (now is not None and not torch.equal(now, then.to(now)))
                 for now, then in pairs
             ):
                 raise ValueError(
@@ -253,6 +259,8 @@ class PGPTQQuantizer(OptimumQuantizer):
             raise CalibrationError(
                 "there is no calibration data; give dataset= (texts, token rows, a datasets.Dataset)"
             )
+        if config.prefix_ids:
+            refuse_recurrent(blocks.model.config)
         if config.skip_first and config.prefix_weight < 1 and not config.prefix_ids:
             logger.warning_once(
                 f"the first {config.skip_first} positions count {config.prefix_weight:g} and no prefix is stored: the "
@@ -284,9 +292,10 @@ class PGPTQQuantizer(OptimumQuantizer):
             )
         self._check_widths(blocks)
         dtype = blocks.model.get_input_embeddings().weight.dtype
+        self.solved_dtype = dtype
         if dtype == torch.bfloat16 and slow_in_bfloat16(blocks.device):
             logger.warning_once(
-                "blocks compute in bfloat16, for which this CPU has no instructions; float32 is several times faster: "
+                "blocks compute in bfloat16, in which this CPU is slow; float32 is several times faster: "
                 + ("compute_dtype=torch.float32" if blocks.files else "load the model with dtype=torch.float32")
             )
         identity = {
@@ -326,10 +335,11 @@ class PGPTQQuantizer(OptimumQuantizer):
                     self._solve_block(block, blocks.names[index], index, hidden, arguments, counted)
                 for part, further in zip(hidden, arguments, strict=True):
                     part.copy_(run(block, part, further))
-        left = self._left()
-        if left and config.modules_in_block_to_quantize is None:
+        self.left = self._left()
+        if self.left and config.modules_in_block_to_quantize is None:
             logger.warning_once(
-                f"{len(left)} matrices within the blocks, such as {left[0]}, are no nn.Linear and stay as they are"
+                f"{len(self.left)} matrices within the blocks, such as {self.left[0]}, are no nn.Linear and stay as "
+                "they are"
             )
         self.prefix = None if prefix is None else prefix.cache(config.prefix_ids, blocks.stored_dtype)
         self.report = self.weights.report()
@@ -530,12 +540,12 @@ class PGPTQQuantizer(OptimumQuantizer):
         return None if self.source is None else own_tokenizer(self.source)
 
     def _left(self) -> list[str]:
-        """Matrices within the blocks that are not quantized, by name."""
+        quantized = set(self.weights)
         return [
             f"{name}.{key}"
             for name, layer in zip(self.blocks.names, self.blocks.layers, strict=True)
             for key, parameter in layer.named_parameters()
-            if parameter.dim() > 1 and f"{name}.{key}".removesuffix(".weight") not in self.weights
+            if parameter.dim() > 1 and f"{name}.{key}".removesuffix(".weight") not in quantized
         ]
 
     def _name(self, model: PreTrainedModel) -> str:

@@ -110,6 +110,9 @@ class Store(Mapping):
             rows += self._notes(self._open(index))["report"]
         return rows
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._homes  # Mapping's would read and unpack the weight
+
     def __getitem__(self, name: str) -> QuantizedWeight:
         tensors = self._open(self._homes[name])
         return self._weight(tensors, name, *self._notes(tensors)["weights"][name])

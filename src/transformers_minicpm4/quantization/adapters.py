@@ -15,11 +15,15 @@ def refuse_adapters(model: object) -> None:
         return
     wrapped = not isinstance(model, PreTrainedModel) and hasattr(model, "peft_config")
     # What PEFT puts in a layer's place: beside it (base_layer), or a copy of it (modules_to_save, trainable tokens).
-    inside = any(hasattr(module, "base_layer") or hasattr(module, "original_module") for module in model.modules())
+    inside = any(
+        isinstance(getattr(module, name, None), nn.Module)
+        for module in model.modules()
+        for name in ("base_layer", "original_module")
+    )
     if wrapped or inside:
         raise ValueError(
             f"this {type(model).__name__} has adapters that are not merged: they would be lost here, or taken for "
-            "layers. Around latents and on dense layers call model = model.merge_and_unload() first. Beside packed "
-            "weights they stay adapters: save them alone with save_pretrained, and pass the packed model without "
-            "them (model.unload(), or load it anew)."
+            "layers. Call model = model.merge_and_unload() first. Beside packed ternary weights they stay adapters: "
+            "save them alone with save_pretrained, and pass the packed model without them (model.unload(), or load it "
+            "anew)."
         )
