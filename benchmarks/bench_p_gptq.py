@@ -13,7 +13,7 @@ split of WikiText-2, perplexity from its test split in rows of 512, over positio
 begins with the model's `<|im_start|>`: computed by the quantized model ("computed"), or given as keys and values of
 the full precision ("stored"). A seed is a choice of calibration rows, the same for all methods, so that they are
 compared in pairs. Results go into the JSON file one by one; a run that was stopped goes on where it was. A seed that
-was run in both dtypes counts once, as it was run last, and a pair is of one dtype. Full precision, rounding and the CPU
+was run in both dtypes counts once, as it was run last, and a pair is of one dtype. Full precision, rounding and CPU
 seconds in the table are those of the checkpoint's dtype where they were run.
 
 With `--trained` the model is the small Llama of `examples/p_gptq.py`, trained in float32 on the last three quarters of
