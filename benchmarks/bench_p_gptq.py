@@ -258,7 +258,7 @@ def peer(source, rows, prefix, calibration, bits, seed, dtype, known, record) ->
         with tempfile.TemporaryDirectory(dir=ROOT / "build" / "bench_p_gptq") as folder:
             given, output, log = (Path(folder, name) for name in ("rows.json", "peer.pt", "peer.log"))
             given.write_text(json.dumps([row.tolist() for row in calibration]))
-            command = [make_gptqmodel(), "-c", PEER, source, given, str(bits), output, dtype]
+            command = [make_gptqmodel(), "-I", "-c", PEER, source, given, str(bits), output, dtype]
             with log.open("w") as file:
                 if subprocess.run(command, stdout=file, stderr=file).returncode:
                     sys.exit(log.read_text()[-4000:])

@@ -29,7 +29,7 @@ assert importlib.util.find_spec("transformers_minicpm4") is None, "our package c
 def make_gptqmodel() -> Path:
     """The Python of the environment, made where it is missing or does not work."""
     python = FOLDER / "bin" / "python"
-    if python.is_file() and not subprocess.run([python, "-c", WORKS], capture_output=True).returncode:
+    if python.is_file() and not subprocess.run([python, "-I", "-c", WORKS], capture_output=True).returncode:
         return python
     venv.create(FOLDER, with_pip=True, clear=True)
     own = subprocess.run(
@@ -43,7 +43,7 @@ def make_gptqmodel() -> Path:
     install = [python, "-m", "pip", "install", "-q", "--no-deps"]
     subprocess.run([*install, "setuptools", "wheel"], check=True)  # several of them are built here
     subprocess.run([*install, *PEERS], check=True)
-    subprocess.run([python, "-c", WORKS], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([python, "-I", "-c", WORKS], check=True, stdout=subprocess.DEVNULL)
     return python
 
 
