@@ -1,5 +1,6 @@
 """Tiny ternary models, and runs of the real Trainer over them."""
 
+from datasets import Dataset
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from transformers_minicpm4.quantization.bitcpm4.configuration import BitCPM4Config
@@ -35,3 +36,31 @@ def train(model, rows, folder, steps=6, callbacks=(), resume=False, **changes):
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
+
+
+def train_sft(trl, model, tokenizer, folder, settings, **parts):
+    """Twenty steps of TRL's `SFTTrainer` over counting texts. Returns it, and the losses."""
+    texts = [" ".join(f"w{3 + (start + step) % 20}" for step in range(16)) for start in range(40)]
+    trainer = trl.SFTTrainer(
+        model=model,
+        args=trl.SFTConfig(
+            output_dir=str(folder),
+            max_steps=20,
+            per_device_train_batch_size=4,
+            lr_scheduler_type="constant",
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            gradient_checkpointing=True,
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            max_length=16,
+            **settings,
+        ),
+        train_dataset=Dataset.from_dict({"text": texts}),
+        processing_class=tokenizer,
+        **parts,
+    )
+    trainer.train()
+    return trainer, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -33,8 +33,6 @@ def run(action: str, args: argparse.Namespace) -> int:
 
 
 def quantize(args: argparse.Namespace) -> None:
-    import torch
-
     from transformers_minicpm4 import PGPTQConfig, PGPTQQuantizer
 
     names = ("bits", "group_size", "prefix_ids", "skip_first", "prefix_weight", "num_samples", "max_length")
@@ -50,9 +48,8 @@ def quantize(args: argparse.Namespace) -> None:
         **given,
     )
     refuse_missing(args.model)
-    compute_dtype = None if args.compute_dtype is None else getattr(torch, args.compute_dtype)
     quantizer = PGPTQQuantizer.from_pretrained(
-        args.model, config=config, device=args.device, compute_dtype=compute_dtype
+        args.model, config=config, device=args.device, compute_dtype=args.compute_dtype
     )
     folder = quantizer.quantize(args.output, resume=not args.fresh, max_shard_size=args.max_shard_size)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -75,11 +72,11 @@ def ternarize(args: argparse.Namespace) -> None:
     )
 
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    names = ("group_size", "modules_to_not_convert")
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.fake_quantized:
-        for name in ("group_size", "modules_to_not_convert"):
-            if getattr(args, name) is not None:
-                option = "--" + name.replace("_", "-")
-                raise UserError(f"{option} is found from --fake-quantized weights; leave it out")
+        for name in options:
+            raise UserError(f"--{name.replace('_', '-')} is found from --fake-quantized weights; leave it out")
         from transformers_minicpm4.quantization.export.checkpoint_files import own_tokenizer
 
         model = import_fake_quantized(args.model)
@@ -87,8 +84,6 @@ def ternarize(args: argparse.Namespace) -> None:
             cast_rest(model, dtype)
         folder = save_packed(model, args.output, own_tokenizer(args.model), args.max_shard_size)
     else:
-        names = ("group_size", "modules_to_not_convert")
-        options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
         quantizer = BitCPM4Quantizer.from_pretrained(args.model, **options)
         folder = quantizer.quantize(args.output, max_shard_size=args.max_shard_size, dtype=dtype)
     size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import torch
-from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
+from ternary_training import train_sft
 from tolerances import relative_rms
 from transformers_minicpm4.quantization.bitcpm4.configuration import BitCPM4Config
 from transformers_minicpm4.quantization.bitcpm4.export import export_ternary
@@ -241,31 +241,9 @@ def test_sft_trainer_trains_lora_beside_packed_weights(tiny_llama, tokenizer, tm
     trl = pytest.importorskip("trl")
     base = packed(tiny_llama)
     codes = {name: layer.weight.clone() for name, layer in base.named_modules() if isinstance(layer, TernaryLinear)}
-    texts = [" ".join(f"w{3 + (start + step) % 20}" for step in range(16)) for start in range(40)]
-    trainer = trl.SFTTrainer(
-        model=base,
-        args=trl.SFTConfig(
-            output_dir=str(tmp_path),
-            max_steps=20,
-            per_device_train_batch_size=4,
-            learning_rate=1e-2,
-            lr_scheduler_type="constant",
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            bf16=True,
-            gradient_checkpointing=True,
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            max_length=16,
-        ),
-        train_dataset=Dataset.from_dict({"text": texts}),
-        processing_class=tokenizer,
-        peft_config=peft.LoraConfig(r=4, target_modules="all-linear"),
-    )
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    adapter = peft.LoraConfig(r=4, target_modules="all-linear")
+    settings = {"learning_rate": 1e-2, "bf16": True}
+    trainer, losses = train_sft(trl, base, tokenizer, tmp_path, settings, peft_config=adapter)
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     after = {
         name.removeprefix("base_model.model.").removesuffix(".base_layer"): layer.weight

@@ -6,7 +6,6 @@ import warnings
 
 import pytest
 import torch
-from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
     Trainer,
@@ -16,7 +15,7 @@ from transformers import (
     default_data_collator,
 )
 
-from ternary_training import prepare, train
+from ternary_training import prepare, train, train_sft
 from transformers_minicpm4.quantization.bitcpm4.configuration import BitCPM4Config
 from transformers_minicpm4.quantization.bitcpm4.distillation import DistillationCallback
 from transformers_minicpm4.quantization.bitcpm4.qat import prepare_qat, qat_layers, set_qat
@@ -183,31 +182,9 @@ def test_callbacks_refuse_a_model_without_latents(tiny_llama, rows, tmp_path):
 def test_sft_trainer_trains_with_gradient_checkpointing(tiny_llama, tokenizer, tmp_path):
     trl = pytest.importorskip("trl")
     model = prepare_qat(tiny_llama(), BitCPM4Config(group_size=16))
-    texts = [" ".join(f"w{3 + (start + step) % 20}" for step in range(16)) for start in range(40)]
-    trainer = trl.SFTTrainer(
-        model=model,
-        args=trl.SFTConfig(
-            output_dir=str(tmp_path),
-            max_steps=20,
-            per_device_train_batch_size=4,
-            learning_rate=3e-3,
-            lr_scheduler_type="constant",
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=True,
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            max_length=16,
-        ),
-        train_dataset=Dataset.from_dict({"text": texts}),
-        processing_class=tokenizer,
-        callbacks=[TernaryMonitorCallback(), QATStartCallback(start_step=0)],
-    )
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    callbacks = [TernaryMonitorCallback(), QATStartCallback(start_step=0)]
+    settings = {"learning_rate": 3e-3, "bf16": False}
+    trainer, losses = train_sft(trl, model, tokenizer, tmp_path, settings, callbacks=callbacks)
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
